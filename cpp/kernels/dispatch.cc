@@ -1,0 +1,89 @@
+// Which ISA levels this machine has, and their tables.
+#include <string>
+#include <string_view>
+
+#include "base/check.h"
+#include "kernels/attention_tiles.h"
+#include "kernels/kernels.h"
+
+namespace sapwood {
+
+extern const KernelTable kScalarTable;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Table;
+extern const KernelTable kAvx512Table;
+extern const KernelTable kAvx512Bf16Table;
+#endif
+
+namespace {
+
+constexpr Isa kLevels[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+
+}  // namespace
+
+const char* IsaName(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar: return "scalar";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Bf16: return "avx512_bf16";
+  }
+  throw InternalError(StrCat("no ISA level ", static_cast<int>(isa)));
+}
+
+bool IsaSupported(Isa isa) {
+  if (isa == Isa::kScalar) return true;
+#if defined(__x86_64__)
+  // These tests include XCR0: whether the operating system saves the registers.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  switch (isa) {
+    case Isa::kAvx2: return avx2;
+    case Isa::kAvx512: return avx512;
+    case Isa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    default: return false;
+  }
+#else
+  return false;
+#endif
+}
+
+Isa BestIsa() {
+  Isa best = Isa::kScalar;
+  for (Isa isa : kLevels) {
+    if (IsaSupported(isa)) best = isa;
+  }
+  return best;
+}
+
+Isa ParseIsa(const char* name) {
+  const std::string_view wanted = name ? name : "";
+  if (wanted.empty() || wanted == "auto") return BestIsa();
+  std::string available;
+  for (Isa isa : kLevels) {
+    if (!IsaSupported(isa)) continue;
+    if (wanted == IsaName(isa)) return isa;
+    available += available.empty() ? "" : ", ";
+    available += IsaName(isa);
+  }
+  throw InvalidArgument(StrCat("isa must be auto or a level of this machine (", available, "), got \"", wanted,
+                               "\"; unset SAPWOOD_CPU_ISA to use the best one"));
+}
+
+const KernelTable& Kernels(Isa isa) {
+  SAPWOOD_REQUIRE(IsaSupported(isa), "isa must be a level of this machine, got ", IsaName(isa));
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAvx2: return kAvx2Table;
+    case Isa::kAvx512: return kAvx512Table;
+    case Isa::kAvx512Bf16: return kAvx512Bf16Table;
+#endif
+    default: return kScalarTable;
+  }
+}
+
+size_t AttentionScratchBytes(int32_t /*group_size*/, int32_t head_dim) { return BlockScratchBytes(head_dim); }
+
+}  // namespace sapwood

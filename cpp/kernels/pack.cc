@@ -1,0 +1,92 @@
+// Weight packing: once per load, off the path of a step. Called by the weight store, a range of panels per thread.
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "base/check.h"
+#include "kernels/half.h"
+#include "kernels/kernels.h"
+
+namespace sapwood {
+namespace {
+
+struct Fp16 {
+  uint16_t bits;
+};
+
+float ToF32(float x) { return x; }
+float ToF32(Bf16 x) { return Bf16ToF32(x); }
+float ToF32(Fp16 x) { return F16ToF32(x.bits); }
+
+// The same dtype is copied bit by bit: a NaN's payload survives a round trip.
+template <typename Dst, typename Src>
+Dst Convert(Src x) {
+  if constexpr (std::is_same_v<Dst, Src>) {
+    return x;
+  } else if constexpr (std::is_same_v<Dst, float>) {
+    return ToF32(x);
+  } else {
+    return F32ToBf16(ToF32(x));
+  }
+}
+
+template <typename Dst, typename Src>
+void Pack(Dst* out, int64_t k, const void* const* rows, int64_t panel_begin, int64_t panel_end) {
+  constexpr int64_t kStep = std::is_same_v<Dst, Bf16> ? 2 : 1;
+  constexpr int64_t kBlock = 64;  // of K: 16 KB of output, written 64 times over while in L1
+  const int64_t padded_k = (k + kStep - 1) / kStep * kStep;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    Dst* const base = out + panel * padded_k * kPanel;
+    for (int64_t k0 = 0; k0 < padded_k; k0 += kBlock) {
+      const int64_t k1 = std::min(k0 + kBlock, padded_k);
+      for (int64_t j = 0; j < kPanel; ++j) {
+        const Src* row = static_cast<const Src*>(rows[panel * kPanel + j]);
+        for (int64_t i = k0; i < k1; i += kStep) {
+          Dst* const at = base + i * kPanel + j * kStep;
+          for (int64_t s = 0; s < kStep; ++s) at[s] = row && i + s < k ? Convert<Dst>(row[i + s]) : Dst{0};
+        }
+      }
+    }
+  }
+}
+
+template <typename Dst>
+void PackAs(Dst* out, int64_t k, const void* const* rows, DType src, int64_t panel_begin, int64_t panel_end) {
+  switch (src) {
+    case DType::kF32: return Pack<Dst, float>(out, k, rows, panel_begin, panel_end);
+    case DType::kBF16: return Pack<Dst, Bf16>(out, k, rows, panel_begin, panel_end);
+    case DType::kF16: return Pack<Dst, Fp16>(out, k, rows, panel_begin, panel_end);
+    case DType::kI32: break;
+  }
+  throw InvalidArgument(StrCat("weights must be f32, bf16 or f16, got dtype ", static_cast<int>(src)));
+}
+
+void RequirePackable(DType dtype) {
+  SAPWOOD_REQUIRE(dtype == DType::kF32 || dtype == DType::kBF16, "weights are packed to f32 or bf16, got dtype ",
+                  static_cast<int>(dtype));
+}
+
+}  // namespace
+
+size_t PackedBytes(DType dtype, int64_t n, int64_t k) {
+  RequirePackable(dtype);
+  SAPWOOD_REQUIRE(n >= 0 && k >= 0, "a weight's shape must not be negative, got [", n, ", ", k, "]");
+  const size_t num_panels = static_cast<size_t>((n + kPanel - 1) / kPanel);
+  const size_t padded_k = static_cast<size_t>(dtype == DType::kBF16 ? (k + 1) / 2 * 2 : k);
+  return num_panels * padded_k * kPanel * DTypeBytes(dtype);
+}
+
+void PackPanels(DType dst, void* out, int64_t n, int64_t k, const void* const* rows, DType src, int64_t panel_begin,
+                int64_t panel_end) {
+  RequirePackable(dst);
+  const int64_t num_panels = (n + kPanel - 1) / kPanel;
+  SAPWOOD_REQUIRE(0 <= panel_begin && panel_begin <= panel_end && panel_end <= num_panels, "panels [", panel_begin,
+                  ", ", panel_end, ") must lie in [0, ", num_panels, ")");
+  if (dst == DType::kF32) {
+    PackAs(static_cast<float*>(out), k, rows, src, panel_begin, panel_end);
+  } else {
+    PackAs(static_cast<Bf16*>(out), k, rows, src, panel_begin, panel_end);
+  }
+}
+
+}  // namespace sapwood

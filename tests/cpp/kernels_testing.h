@@ -1,0 +1,268 @@
+// Cases, buffers and comparisons shared by kernels_test.cc (against fp64) and kernels_bitwise_test.cc (against itself).
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "kernels/half.h"
+#include "kernels/kernels.h"
+
+namespace sapwood {
+
+inline std::vector<Isa> SupportedLevels() {
+  std::vector<Isa> levels;
+  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+    if (IsaSupported(isa)) levels.push_back(isa);
+  }
+  return levels;
+}
+
+inline constexpr DType kActs[] = {DType::kF32, DType::kBF16};
+inline const char* ActName(DType act) { return act == DType::kF32 ? "f32" : "bf16"; }
+
+class Rng {
+ public:
+  explicit Rng(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15ull + 1) {}
+  uint64_t Bits() {
+    state_ += 0x9e3779b97f4a7c15ull;
+    uint64_t z = (state_ ^ (state_ >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+  }
+  int64_t Below(int64_t n) { return static_cast<int64_t>(Bits() % static_cast<uint64_t>(n)); }
+  double Uniform() { return static_cast<double>(Bits() >> 11) * 0x1p-53; }
+  // Roughly normal, unit variance.
+  double Normal() { return (Uniform() + Uniform() + Uniform() + Uniform() - 2.0) * std::sqrt(3.0); }
+
+ private:
+  uint64_t state_;
+};
+
+// Values of one dtype between guard bands of 256 bytes. Starts as NaN (all bytes `poison`); Set rounds to the dtype.
+class Buffer {
+ public:
+  static constexpr size_t kGuard = 256;
+
+  Buffer(DType dtype, int64_t count, uint8_t poison = 0xff)
+      : dtype_(dtype), count_(count), bytes_(static_cast<size_t>(count) * DTypeBytes(dtype) + 2 * kGuard, 0xcd) {
+    std::fill(bytes_.begin() + kGuard, bytes_.end() - kGuard, poison);
+  }
+  DType dtype() const { return dtype_; }
+  int64_t count() const { return count_; }
+  size_t size_bytes() const { return bytes_.size() - 2 * kGuard; }
+  void* data() { return bytes_.data() + kGuard; }
+  const void* data() const { return bytes_.data() + kGuard; }
+  void* at(int64_t i) { return bytes_.data() + kGuard + static_cast<size_t>(i) * DTypeBytes(dtype_); }
+  const void* at(int64_t i) const { return bytes_.data() + kGuard + static_cast<size_t>(i) * DTypeBytes(dtype_); }
+  float* f32() { return static_cast<float*>(data()); }
+
+  double Get(int64_t i) const {
+    if (dtype_ == DType::kF32) {
+      float x;
+      std::memcpy(&x, at(i), 4);
+      return x;
+    }
+    uint16_t x;
+    std::memcpy(&x, at(i), 2);
+    return dtype_ == DType::kBF16 ? Bf16ToF32(x) : F16ToF32(x);
+  }
+  void Set(int64_t i, double value) {
+    const float x = static_cast<float>(value);
+    if (dtype_ == DType::kF32) {
+      std::memcpy(at(i), &x, 4);
+    } else {
+      ASSERT_EQ(dtype_, DType::kBF16);
+      const uint16_t bits = F32ToBf16(x);
+      std::memcpy(at(i), &bits, 2);
+    }
+  }
+  void FillNormal(Rng& rng, double scale = 1.0) {
+    for (int64_t i = 0; i < count_; ++i) Set(i, rng.Normal() * scale);
+  }
+  bool GuardsIntact() const {
+    const auto untouched = [](uint8_t byte) { return byte == 0xcd; };
+    return std::all_of(bytes_.begin(), bytes_.begin() + kGuard, untouched) &&
+           std::all_of(bytes_.end() - kGuard, bytes_.end(), untouched);
+  }
+  bool BytesAre(int64_t i, uint8_t byte) const {
+    const uint8_t* p = static_cast<const uint8_t*>(at(i));
+    return std::all_of(p, p + DTypeBytes(dtype_), [&](uint8_t b) { return b == byte; });
+  }
+  bool SameBytes(const Buffer& other) const { return bytes_ == other.bytes_; }
+
+ private:
+  DType dtype_;
+  int64_t count_;
+  std::vector<uint8_t> bytes_;
+};
+
+inline bool SameBits(const Buffer& a, int64_t i, const Buffer& b, int64_t j, int64_t n) {
+  return std::memcmp(a.at(i), b.at(j), static_cast<size_t>(n) * DTypeBytes(a.dtype())) == 0;
+}
+
+// A weight [n][k] of the act dtype and its panels.
+struct Weight {
+  Buffer rows, packed;
+  int64_t n, k;
+
+  Weight(DType act, int64_t n_, int64_t k_, Rng& rng)
+      : rows(act, n_ * k_),
+        packed(act, static_cast<int64_t>(PackedBytes(act, n_, k_) / DTypeBytes(act))),
+        n(n_),
+        k(k_) {
+    rows.FillNormal(rng, 1.0 / std::sqrt(static_cast<double>(k)));
+    Pack();
+  }
+  void Pack() {
+    std::vector<const void*> pointers(static_cast<size_t>((n + kPanel - 1) / kPanel * kPanel), nullptr);
+    for (int64_t i = 0; i < n; ++i) pointers[static_cast<size_t>(i)] = rows.at(i * k);
+    PackPanels(rows.dtype(), packed.data(), n, k, pointers.data(), rows.dtype(), 0, (n + kPanel - 1) / kPanel);
+  }
+};
+
+// Gate [inter][k] and up [inter][k] as panels of 32 + 32 columns.
+struct GateUpWeight {
+  Buffer gate, up, packed;
+  int64_t inter, k;
+
+  GateUpWeight(DType act, int64_t inter_, int64_t k_, Rng& rng)
+      : gate(act, inter_ * k_),
+        up(act, inter_ * k_),
+        packed(act, static_cast<int64_t>(PackedBytes(act, (inter_ + 31) / 32 * 64, k_) / DTypeBytes(act))),
+        inter(inter_),
+        k(k_) {
+    gate.FillNormal(rng, 1.0 / std::sqrt(static_cast<double>(k)));
+    up.FillNormal(rng, 1.0 / std::sqrt(static_cast<double>(k)));
+    Pack();
+  }
+  int64_t num_panels() const { return (inter + 31) / 32; }
+  void Pack() {
+    std::vector<const void*> pointers(static_cast<size_t>(num_panels() * kPanel), nullptr);
+    for (int64_t i = 0; i < inter; ++i) {
+      pointers[static_cast<size_t>(i / 32 * kPanel + i % 32)] = gate.at(i * k);
+      pointers[static_cast<size_t>(i / 32 * kPanel + 32 + i % 32)] = up.at(i * k);
+    }
+    PackPanels(gate.dtype(), packed.data(), num_panels() * kPanel, k, pointers.data(), gate.dtype(), 0, num_panels());
+  }
+};
+
+// One layer's pool with one sequence in it: pages in random order, everything not written is poison.
+class KvSequence {
+ public:
+  KvSequence(DType act, int32_t page_size, int32_t num_kv_heads, int32_t head_dim, int64_t len, uint8_t poison = 0xff,
+             uint64_t page_seed = 7)
+      : layout_{act, page_size, num_kv_heads, head_dim},
+        len_(len),
+        pool_(act, 0),
+        pages_(static_cast<size_t>((len + page_size - 1) / page_size)) {
+    const int64_t num_pages = static_cast<int64_t>(pages_.size()) + 3;
+    pool_ = Buffer(act, num_pages * static_cast<int64_t>(layout_.page_bytes() / DTypeBytes(act)), poison);
+    std::vector<int32_t> order(static_cast<size_t>(num_pages));
+    std::iota(order.begin(), order.end(), 0);
+    Rng rng(page_seed);
+    for (size_t i = order.size() - 1; i > 0; --i)
+      std::swap(order[i], order[static_cast<size_t>(rng.Below(static_cast<int64_t>(i) + 1))]);
+    std::copy_n(order.begin(), pages_.size(), pages_.begin());
+  }
+  const KvLayout& layout() const { return layout_; }
+  int64_t len() const { return len_; }
+  Buffer& pool() { return pool_; }
+  std::vector<int32_t>& pages() { return pages_; }
+  void* Page(int64_t token) {
+    return static_cast<uint8_t*>(pool_.data()) +
+           static_cast<size_t>(pages_[static_cast<size_t>(token / layout_.page_size)]) * layout_.page_bytes();
+  }
+  // Element index in the pool, by the words of kernels.h.
+  int64_t KIndex(int64_t token, int64_t head, int64_t d) const {
+    const int64_t ps = layout_.page_size, dp = layout_.padded_dim(), at = token % ps;
+    const int64_t in_block = layout_.dtype == DType::kF32 ? d * ps + at : (d / 2 * ps + at) * 2 + d % 2;
+    return PageBase(token) + 2 * head * dp * ps + in_block;
+  }
+  int64_t VIndex(int64_t token, int64_t head, int64_t d) const {
+    const int64_t ps = layout_.page_size, dp = layout_.padded_dim(), at = token % ps;
+    const int64_t in_block = layout_.dtype == DType::kF32 ? at * dp + d : (at / 2 * dp + d) * 2 + at % 2;
+    return PageBase(token) + (2 * head + 1) * dp * ps + in_block;
+  }
+  // Token t of every sequence with this seed has the same K and V, whatever the page size.
+  void FillTokens(uint64_t seed, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      Rng rng(seed * 1000003 + static_cast<uint64_t>(t));
+      for (int64_t h = 0; h < layout_.num_kv_heads; ++h) {
+        for (int64_t d = 0; d < layout_.padded_dim(); ++d) {
+          const bool real = d < layout_.head_dim;
+          pool_.Set(KIndex(t, h, d), real ? rng.Normal() : 0.0);
+          pool_.Set(VIndex(t, h, d), real ? rng.Normal() : 0.0);
+        }
+      }
+    }
+  }
+
+ private:
+  int64_t PageBase(int64_t token) const {
+    return pages_[static_cast<size_t>(token / layout_.page_size)] *
+           static_cast<int64_t>(layout_.page_bytes() / DTypeBytes(layout_.dtype));
+  }
+
+  KvLayout layout_;
+  int64_t len_;
+  Buffer pool_;
+  std::vector<int32_t> pages_;
+};
+
+struct AttentionCase {
+  DType act;
+  int32_t group, num_kv_heads, head_dim;
+  int64_t len, q_len;  // the last q_len of len tokens are queries
+  int32_t window = 0;
+  float softcap = 0.0f;
+
+  int32_t num_q_heads() const { return group * num_kv_heads; }
+  int64_t width() const { return int64_t{num_q_heads()} * head_dim; }
+};
+
+// Queries whose row for token t depends on t alone.
+inline Buffer Queries(const AttentionCase& c, uint64_t seed) {
+  Buffer q(c.act, c.q_len * c.width());
+  for (int64_t i = 0; i < c.q_len; ++i) {
+    Rng rng(seed * 7919 + static_cast<uint64_t>(c.len - c.q_len + i));
+    for (int64_t j = 0; j < c.width(); ++j) q.Set(i * c.width() + j, rng.Normal());
+  }
+  return q;
+}
+
+// Rows [begin, end) of the case's queries, all kv heads, into out.
+inline void RunAttention(Isa isa, const AttentionCase& c, KvSequence& kv, const Buffer& q, Buffer& out, int64_t begin,
+                         int64_t end) {
+  std::vector<uint8_t> scratch(AttentionScratchBytes(c.group, c.head_dim) + 128, 0xff);
+  std::fill(scratch.end() - 128, scratch.end(), uint8_t{0xcd});
+  for (int32_t head = 0; head < c.num_kv_heads; ++head) {
+    AttentionArgs args{};
+    args.layout = kv.layout();
+    args.kv = kv.pool().data();
+    args.page_table = kv.pages().data();
+    args.q = q.data();
+    args.out = out.data();
+    args.ldq = args.ldo = c.width();
+    args.num_q_heads = c.num_q_heads();
+    args.kv_head = head;
+    args.q_begin = static_cast<int32_t>(begin);
+    args.q_len = static_cast<int32_t>(end - begin);
+    args.first_position = c.len - c.q_len + begin;
+    args.window = c.window;
+    args.scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
+    args.softcap = c.softcap;
+    args.scratch = scratch.data();
+    Kernels(isa).attention(c.act, args);
+  }
+  ASSERT_TRUE(std::all_of(scratch.end() - 128, scratch.end(), [](uint8_t b) { return b == 0xcd; }))
+      << "scratch overrun";
+}
+
+}  // namespace sapwood
