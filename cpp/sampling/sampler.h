@@ -1,0 +1,50 @@
+// Exact keyed sampling: no sort, no rejection, no state.
+//
+// Every candidate token gets Gumbel noise keyed by (seed, stream, absolute position, token); the sample is
+// the argmax of logit/temperature + noise over the tokens that pass temperature, top-k, top-p (on the renormalised
+// rest), min-p, in this order. So a token depends on the row's logits and key alone: not on batch mates, order, ISA
+// level or device, and a recomputed position draws the same token again. (Gumbel-max: Maddison et al. 2014.)
+//
+// Ties: greedy and top-k prefer the lowest id; top-k keeps exactly k. All arithmetic that decides is fp32 with a
+// fixed order or exact integers; log is a fixed polynomial (fma order specified in sampler.cc) so that other
+// devices can repeat it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+namespace sapwood {
+
+struct SamplingRow {
+  float temperature;  // <= 0: greedy
+  int32_t top_k;      // <= 0: off
+  float top_p;        // >= 1: off
+  float min_p;        // <= 0: off
+  uint64_t seed;
+  uint32_t stream;
+  int64_t position;   // absolute position of the token being drawn
+  std::span<const int32_t> banned;  // ids that cannot be drawn (stop ids below min_len)
+  bool want_logprob;
+};
+
+struct SampleOutcome {
+  int32_t token;
+  float logprob;  // log softmax(raw logits)[token]; NaN unless wanted
+  bool bad;       // a NaN or +inf among the logits, or no finite logit left; token is -1 then
+};
+
+// logits f32 [vocab]; block_max f32 [ceil(vocab/64)], each the maximum of its block (upper bound suffices), or null.
+// scratch: SamplerScratch(vocab) floats. Deterministic.
+SampleOutcome SampleRow(const float* logits, const float* block_max, int32_t vocab, const SamplingRow& row,
+                        float* scratch);
+int64_t SamplerScratch(int32_t vocab);
+
+// The tokens SampleRow draws from, for tests: ascending ids into ids[vocab], returns how many (0 where SampleRow
+// says bad).
+int64_t SampleSupport(const float* logits, int32_t vocab, const SamplingRow& row, float* scratch, int32_t* ids);
+
+// The noise, for tests: uniform in (0, 1) with 32 bits, and -log(-log(u)).
+uint32_t KeyedBits(uint64_t seed, uint32_t stream, int64_t position, int32_t token);
+float KeyedGumbel(uint32_t bits);
+
+}  // namespace sapwood
