@@ -1,0 +1,22 @@
+// The end of a step, shared by every executor: sample a logit row by its row's parameters, and turn the
+// sampled tokens into a StepResult.
+#pragma once
+
+#include <span>
+
+#include "batch/row_table.h"
+
+namespace sapwood {
+
+// Sample logit row `l` of the batch. logits f32 [vocab]; block_max as in sampling/sampler.h, or null; scratch:
+// SamplerScratch(vocab) floats. The drawn token's absolute position is its query token's position + 1; stop ids are
+// banned while fewer than min_len tokens exist.
+SampledToken SampleLogitRow(const StepBatch& batch, const RowTable& rows, int32_t l, const float* logits,
+                            const float* block_max, int32_t vocab, float* scratch);
+
+// Commit every item's token to its row and build the result, items in plan order. sampled: one per logit row.
+// Times and errors are left to the caller.
+StepResult FinishStep(const StepPlan& plan, const StepBatch& batch, std::span<const SampledToken> sampled,
+                      RowTable* rows);
+
+}  // namespace sapwood
