@@ -1,0 +1,258 @@
+// The messages, the loop's BatchBuilder, and a RowTable for executors written in Python.
+#include <limits>
+
+#include "batch/batch_builder.h"
+#include "batch/row_table.h"
+#include "bindings/bindings.h"
+#include "program/sample_rows.h"
+#include "sampling/sampler.h"
+
+namespace sapwood::bindings {
+namespace {
+
+const char* ItemKindName(ItemKind kind) {
+  switch (kind) {
+    case ItemKind::kExtend: return "extend";
+    case ItemKind::kDecode: return "decode";
+    case ItemKind::kVerify: return "verify";
+    case ItemKind::kScore: return "score";
+    case ItemKind::kResume: return "resume";
+  }
+  return "?";
+}
+
+const char* PhaseName(RowPhase phase) {
+  switch (phase) {
+    case RowPhase::kFree: return "free";
+    case RowPhase::kExtend: return "extend";
+    case RowPhase::kDecode: return "decode";
+    case RowPhase::kPaused: return "paused";
+    case RowPhase::kDone: return "done";
+  }
+  return "?";
+}
+
+RowSpec MakeSpec(uint64_t ns, const Ints& tokens, int64_t prompt_len, int64_t max_len, int64_t min_len,
+                 float temperature, int32_t top_k, float top_p, float min_p, uint64_t seed, uint32_t stream,
+                 int32_t rope_mode, bool return_logprob, std::vector<int32_t> stop_ids,
+                 const std::optional<Ints>& keys) {
+  RowSpec spec;
+  spec.ns = ns;
+  auto view = View(tokens);
+  spec.tokens.assign(view.begin(), view.end());
+  if (keys) {
+    auto key_view = View(*keys);
+    spec.keys.assign(key_view.begin(), key_view.end());
+  }
+  spec.stop_ids = std::move(stop_ids);
+  RowInit& init = spec.init;
+  init.prompt_len = prompt_len;
+  init.max_len = max_len;
+  init.min_len = min_len;
+  init.temperature = temperature;
+  init.top_k = top_k;
+  init.top_p = top_p;
+  init.min_p = min_p;
+  init.seed = seed;
+  init.stream = stream;
+  init.rope_mode = rope_mode;
+  init.return_logprob = return_logprob;
+  return spec;
+}
+
+py::tuple AdmittedTuple(const Admitted& a) { return py::make_tuple(a.row, a.gen, a.cached_len); }
+
+// Prepare's arrays for a Python executor. The RowTable and what the sampler needs stay on this side.
+py::dict PreparedDict(const StepPlan& plan, const StepBatch& batch, const RowTable& rows) {
+  py::dict out;
+  out["tokens"] = Copy<int32_t>(batch.tokens);
+  out["positions"] = Copy<int64_t>(batch.positions);
+  out["token_segment"] = Copy<int32_t>(batch.token_segment);
+  out["logit_src"] = Copy<int32_t>(batch.logit_src);
+  out["logit_segment"] = Copy<int32_t>(batch.logit_segment);
+  out["skipped_items"] = batch.skipped_items;
+  py::list segments, slots, tables, copies;
+  for (const Segment& s : batch.segments) {
+    segments.append(py::make_tuple(s.row, s.item, s.q_begin, s.q_len, s.kv_len, s.rope_mode));
+  }
+  const int32_t page_size = rows.groups()[0].page_size;
+  for (size_t g = 0; g < rows.groups().size(); ++g) {
+    slots.append(Copy<int64_t>(batch.slots[g]));
+    py::list group_tables;
+    for (size_t s = 0; s < batch.segments.size(); ++s) {
+      const int64_t num_pages = (batch.segments[s].kv_len + page_size - 1) / page_size;
+      group_tables.append(Copy<int32_t>(std::span<const PageId>(batch.page_tables[g][s], num_pages)));
+    }
+    tables.append(group_tables);
+  }
+  for (const PageCopy& copy : plan.copies) copies.append(py::make_tuple(copy.group, copy.src, copy.dst));
+  out["segments"] = segments;
+  out["slots"] = slots;
+  out["page_tables"] = tables;
+  out["copies"] = copies;
+  return out;
+}
+
+}  // namespace
+
+void BindBatch(py::module_& m) {
+  m.attr("FINISHED_STOP") = static_cast<int>(kFinishedStop);
+  m.attr("FINISHED_LENGTH") = static_cast<int>(kFinishedLength);
+  m.attr("HELD") = static_cast<int>(kHeld);
+  m.attr("BAD_LOGITS") = static_cast<int>(kBadLogits);
+  m.attr("SKIPPED") = static_cast<int>(kSkipped);
+
+  py::class_<StepPlan, std::shared_ptr<StepPlan>>(m, "StepPlan")
+      .def_readonly("step_id", &StepPlan::step_id)
+      .def_property_readonly("num_items", [](const StepPlan& p) { return p.items.size(); })
+      .def_property_readonly("num_tokens",
+                             [](const StepPlan& p) {
+                               int64_t n = 0;
+                               for (const PlanItem& item : p.items) n += item.q_len;
+                               return n;
+                             })
+      .def("items",
+           [](const StepPlan& p) {
+             py::list out;
+             for (const PlanItem& i : p.items) {
+               out.append(py::make_tuple(i.row, i.gen, ItemKindName(i.kind), i.q_len, i.logit_from));
+             }
+             return out;
+           })
+      .def("serialize",
+           [](const StepPlan& p) {
+             auto bytes = p.Serialize();
+             return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+           })
+      .def_static("deserialize", [](const py::bytes& data) {
+        std::string_view view = data;
+        return std::make_shared<StepPlan>(
+            StepPlan::Deserialize(reinterpret_cast<const uint8_t*>(view.data()), view.size()));
+      });
+
+  py::class_<StepResult, std::shared_ptr<StepResult>>(m, "StepResult")
+      .def_readonly("step_id", &StepResult::step_id)
+      .def_readonly("num_tokens", &StepResult::num_tokens)
+      .def_readonly("num_kv", &StepResult::num_kv)
+      .def_readonly("num_logit_rows", &StepResult::num_logit_rows)
+      .def_readonly("start_ns", &StepResult::start_ns)
+      .def_readonly("head_ns", &StepResult::head_ns)
+      .def_readonly("done_ns", &StepResult::done_ns)
+      .def_readonly("error", &StepResult::error);
+
+  py::class_<BuiltStep>(m, "BuiltStep")
+      .def_readonly("plan", &BuiltStep::plan)
+      .def_readonly("blocked", &BuiltStep::blocked)
+      .def_readonly("num_extend_tokens", &BuiltStep::num_extend_tokens)
+      .def_readonly("num_decode_rows", &BuiltStep::num_decode_rows)
+      .def_readonly("num_kv", &BuiltStep::num_kv)
+      .def_readonly("num_logit_rows", &BuiltStep::num_logit_rows);
+
+  py::class_<BatchBuilder>(m, "BatchBuilder")
+      .def(py::init<CacheManager*, int32_t>(), py::arg("cache"), py::arg("max_rows"), py::keep_alive<1, 2>())
+      .def_property_readonly("num_free_rows", &BatchBuilder::num_free_rows)
+      .def(
+          "admit",
+          [](BatchBuilder& b, uint64_t ns, const Ints& tokens, int64_t prompt_len, int64_t max_len, int64_t min_len,
+             float temperature, int32_t top_k, float top_p, float min_p, uint64_t seed, uint32_t stream,
+             int32_t rope_mode, bool return_logprob, std::vector<int32_t> stop_ids, const std::optional<Ints>& keys) {
+            return AdmittedTuple(b.Admit(MakeSpec(ns, tokens, prompt_len, max_len, min_len, temperature, top_k, top_p,
+                                                  min_p, seed, stream, rope_mode, return_logprob, std::move(stop_ids),
+                                                  keys)));
+          },
+          py::arg("ns"), py::arg("tokens"), py::kw_only(), py::arg("prompt_len"), py::arg("max_len"),
+          py::arg("min_len") = 0, py::arg("temperature") = 1.0f, py::arg("top_k") = 0, py::arg("top_p") = 1.0f,
+          py::arg("min_p") = 0.0f, py::arg("seed") = 0, py::arg("stream") = 0, py::arg("rope_mode") = 0,
+          py::arg("return_logprob") = false, py::arg("stop_ids") = std::vector<int32_t>{},
+          py::arg("keys") = py::none())
+      .def(
+          "admit_fork",
+          [](BatchBuilder& b, int32_t parent, int64_t at, uint64_t ns, const Ints& tokens, int64_t prompt_len,
+             int64_t max_len, int64_t min_len, float temperature, int32_t top_k, float top_p, float min_p,
+             uint64_t seed, uint32_t stream, int32_t rope_mode, bool return_logprob, std::vector<int32_t> stop_ids,
+             const std::optional<Ints>& keys) {
+            return AdmittedTuple(b.AdmitFork(
+                parent, at,
+                MakeSpec(ns, tokens, prompt_len, max_len, min_len, temperature, top_k, top_p, min_p, seed, stream,
+                         rope_mode, return_logprob, std::move(stop_ids), keys)));
+          },
+          py::arg("parent"), py::arg("at"), py::arg("ns"), py::arg("tokens"), py::kw_only(), py::arg("prompt_len"),
+          py::arg("max_len"), py::arg("min_len") = 0, py::arg("temperature") = 1.0f, py::arg("top_k") = 0,
+          py::arg("top_p") = 1.0f, py::arg("min_p") = 0.0f, py::arg("seed") = 0, py::arg("stream") = 0,
+          py::arg("rope_mode") = 0, py::arg("return_logprob") = false, py::arg("stop_ids") = std::vector<int32_t>{},
+          py::arg("keys") = py::none())
+      .def("begin_step", &BatchBuilder::BeginStep, py::arg("step_id"))
+      .def("add_decodes", &BatchBuilder::AddDecodes)
+      .def("add_extend", &BatchBuilder::AddExtend, py::arg("row"), py::arg("max_tokens"))
+      .def("end_step", &BatchBuilder::EndStep)
+      .def("commit",
+           [](BatchBuilder& b, const StepResult& result) {
+             Committed c = b.Commit(result);
+             return py::make_tuple(c.rows, c.tokens, std::vector<int>(c.flags.begin(), c.flags.end()), c.logprobs);
+           })
+      .def("pause", &BatchBuilder::Pause)
+      .def("resume", &BatchBuilder::Resume)
+      .def("release", &BatchBuilder::Release, py::arg("row"), py::arg("keep") = true, py::arg("failed") = false)
+      .def("pending_prefix",
+           [](const BatchBuilder& b, uint64_t ns, const Ints& keys) { return b.PendingPrefix(ns, View(keys)); })
+      .def("phase", [](const BatchBuilder& b, int32_t row) { return PhaseName(b.phase(row)); })
+      .def("gen", &BatchBuilder::gen)
+      .def("num_tokens", &BatchBuilder::num_tokens)
+      .def("tokens", [](const BatchBuilder& b, int32_t row) { return Copy<int32_t>(b.tokens(row)); })
+      .def("planned_len", &BatchBuilder::planned_len)
+      .def("cached_len", &BatchBuilder::cached_len)
+      .def("in_flight", &BatchBuilder::in_flight)
+      .def("valid", &BatchBuilder::valid)
+      .def(
+          "pages",
+          [](const BatchBuilder& b, int32_t row, int group) { return Copy<int32_t>(b.pages(row, group)); },
+          py::arg("row"), py::arg("group") = 0)
+      .def("check_invariants", &BatchBuilder::CheckInvariants);
+
+  // `prepare` and `sample` are one step: the batch prepared last is what sample() commits to.
+  struct PyRowTable {
+    RowTable rows;
+    StepBatch batch;
+  };
+  py::class_<PyRowTable>(m, "RowTable")
+      .def(py::init([](std::vector<KvGroup> groups, int32_t max_rows) {
+             return std::make_unique<PyRowTable>(PyRowTable{RowTable(std::move(groups), max_rows), {}});
+           }),
+           py::arg("groups"), py::arg("max_rows"))
+      .def("prepare",
+           [](PyRowTable& t, const StepPlan& plan) {
+             t.rows.ApplyRowOps(plan);
+             t.rows.Prepare(plan, &t.batch);
+             return PreparedDict(plan, t.batch, t.rows);
+           })
+      .def(
+          "sample",
+          [](PyRowTable& t, const StepPlan& plan, const py::dict&,
+             const py::array_t<float, py::array::c_style | py::array::forcecast>& logits) {
+            SAPWOOD_REQUIRE(t.batch.step_id == plan.step_id, "sample: the step prepared last is ", t.batch.step_id,
+                            ", not ", plan.step_id);
+            SAPWOOD_REQUIRE(logits.ndim() == 2 && logits.shape(0) == static_cast<int64_t>(t.batch.logit_src.size()),
+                            "sample: logits must be [", t.batch.logit_src.size(), ", vocab] f32");
+            std::vector<SampledToken> sampled(t.batch.logit_src.size());
+            const int32_t vocab = static_cast<int32_t>(logits.shape(1));
+            std::vector<float> scratch(SamplerScratch(vocab));
+            for (size_t l = 0; l < sampled.size(); ++l) {
+              sampled[l] = SampleLogitRow(t.batch, t.rows, static_cast<int32_t>(l), logits.data() + l * vocab, nullptr,
+                                          vocab, scratch.data());
+            }
+            return FinishStep(plan, t.batch, sampled, &t.rows);
+          },
+          py::arg("plan"), py::arg("prepared"), py::arg("logits"))
+      // What an executor reports of a step that raised: no items, only why.
+      .def_static(
+          "fail",
+          [](const StepPlan& plan, std::string error) {
+            auto result = std::make_shared<StepResult>();
+            result->step_id = plan.step_id;
+            result->error = std::move(error);
+            return result;
+          },
+          py::arg("plan"), py::arg("error"));
+}
+
+}  // namespace sapwood::bindings
