@@ -1,0 +1,48 @@
+"""Every exception Sapwood raises on purpose.
+
+    SapwoodError
+    ├── InvalidRequest      the caller's arguments are wrong (HTTP 400); also a ValueError
+    │   └── UnsupportedModel    the checkpoint needs what this version does not have
+    ├── CapacityError       no room now: queue, rows or KV pool are full (HTTP 503)
+    ├── RequestAborted      the request was aborted, timed out or could not be completed
+    ├── EngineDead          the engine has stopped or its executor failed
+    └── InternalError       a broken invariant: a bug of ours
+
+A message names the argument, what was expected, what came, and the remedy.
+"""
+
+
+class SapwoodError(Exception):
+    """Base of all errors raised by Sapwood."""
+
+
+class InvalidRequest(SapwoodError, ValueError):
+    """The caller's arguments are wrong. `param` names the offending argument where there is one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnsupportedModel(InvalidRequest):
+    """The checkpoint's architecture or one of its features is not supported."""
+
+
+class MissingExtra(SapwoodError, ImportError):
+    """An optional dependency is needed; the message holds the command that installs it."""
+
+
+class CapacityError(SapwoodError):
+    """A queue, table or pool is full; retrying later can succeed."""
+
+
+class RequestAborted(SapwoodError):
+    """The request ended without a complete answer (abort, deadline, pool exhausted, bad logits)."""
+
+
+class EngineDead(SapwoodError):
+    """The engine was shut down or its executor failed; no request can be served."""
+
+
+class InternalError(SapwoodError):
+    """A broken invariant: a bug of ours. Please report it."""
