@@ -1,0 +1,1 @@
+"""From a checkpoint to a loaded model: registry, config, weights, the decoder and its families, the loader."""

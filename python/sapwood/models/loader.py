@@ -1,0 +1,193 @@
+"""From an EngineConfig to a loaded model: the one place that joins checkpoint, program, memory and executor.
+
+engine/ calls `load` once at its start; what it gets runs StepPlans and answers what a scheduler must know of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sapwood import _core
+from sapwood.config import EngineConfig
+from sapwood.memory.sizing import size_pool
+from sapwood.models import hub, registry
+from sapwood.models.config import HfConfig, eos_token_ids, generation_defaults
+from sapwood.models.weights import Checkpoint, fill_store, resolve_dtype, slot_array
+from sapwood.program import native
+from sapwood.program.ir import ActDType, Program
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # bytes of weights done, bytes in all
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """A model ready to run.
+
+    executor         _core.Executor, or the reference's with the same interface
+    runner           what the executor runs, for taps and dumps: _core.CpuRunner or ReferenceModel; touch it only
+                     while no step runs
+    groups, num_pages    KV groups and the pages of each, for the cache manager
+    max_rows         rows the executor has; the batch builder must not have more
+    max_step_tokens  most query tokens of one step
+    context_len      tokens a request may have in all
+    rope_mode        total tokens a request can reach to the rope mode it must be admitted with
+    cache_salt       64 bits that differ when weights, configuration or dtype do: part of every cache namespace
+    generation_defaults  sampling settings the checkpoint recommends, by SamplingParams' names
+    """
+
+    executor: Any
+    runner: Any
+    groups: list[_core.KvGroup]
+    num_pages: list[int]
+    max_rows: int
+    max_step_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    context_len: int
+    rope_mode: Callable[[int], int]
+    cache_salt: int
+    name: str
+    model_dir: Path
+    generation_defaults: dict[str, float | int]
+    dtype: ActDType
+    program: Program
+
+
+def load(config: EngineConfig, progress: Progress | None = None, *, debug: bool = False) -> LoadedModel:
+    """Find, check and load the model, and start its executor (the caller shuts it down).
+
+    debug   the native runner keeps every node's output apart, with canaries and NaN poison (slow)
+
+    Raises InvalidRequest for what the user can put right (paths, settings, files), UnsupportedModel naming what is
+    supported.
+    """
+    dummy = config.load_format == "dummy"
+    model_dir = hub.resolve_model_dir(config.model, config.revision, weights=not dummy)
+    raw = HfConfig.read(model_dir / "config.json")
+    generation_path = model_dir / "generation_config.json"
+    generation = HfConfig.read(generation_path) if generation_path.is_file() else HfConfig({}, generation_path)
+    family = registry.resolve(raw.architecture)
+    model_config: registry.ModelConfig = family.configure(raw)
+    checkpoint = None if dummy else Checkpoint.open(model_dir)
+    act = resolve_dtype(config.dtype, checkpoint.dtype() if checkpoint else _declared_dtype(raw))
+    context_len = _context_len(config, model_config.context_len)
+    program = family.record(model_config, act, context_len)
+    if checkpoint is not None:
+        checkpoint.check(program)
+    max_step_tokens = config.chunked_prefill_size + config.max_running_requests
+    executor, runner, groups, num_pages = _start(
+        config, program, checkpoint, context_len, max_step_tokens, progress, debug
+    )
+    return LoadedModel(
+        executor=executor,
+        runner=runner,
+        groups=groups,
+        num_pages=num_pages,
+        max_rows=config.max_running_requests,
+        max_step_tokens=max_step_tokens,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=eos_token_ids(raw, generation),
+        context_len=context_len,
+        rope_mode=model_config.rope_mode,
+        cache_salt=_cache_salt(model_dir, checkpoint, act),
+        name=model_dir.name if Path(config.model).expanduser().is_dir() else config.model,
+        model_dir=model_dir,
+        generation_defaults=generation_defaults(generation),
+        dtype=act,
+        program=program,
+    )
+
+
+def _start(
+    config: EngineConfig,
+    program: Program,
+    checkpoint: Checkpoint | None,
+    context_len: int,
+    max_step_tokens: int,
+    progress: Progress | None,
+    debug: bool,
+) -> tuple[Any, Any, list[_core.KvGroup], list[int]]:
+    """(executor, runner, groups, pages of each group) on the configured device; weights first, so that the pool gets
+    what is left.
+    """
+    match config.device:
+        case "cpu":
+            groups = native.kv_groups(program, config.page_size)
+            native.resolve_isa(config)  # a wrong level is cheaper to hear of before gigabytes are read
+            store = _core.WeightStore(program.act, len(program.slots))
+            fill_store(program, store, checkpoint, num_threads=config.num_threads or 0, progress=progress)
+            num_pages = size_pool(config, groups, context_len=context_len)
+            runner: Any = native.make_runner(
+                program,
+                native.lower(program),
+                store,
+                groups,
+                num_pages,
+                config,
+                max_step_tokens=max_step_tokens,
+                debug=debug,
+            )
+            return native.make_executor(runner, groups, config), runner, groups, num_pages
+        case "reference":
+            from sapwood.program import reference  # torch: seconds to import, and not installed to serve
+
+            groups = _reference_groups(program, config.page_size)
+            num_pages = size_pool(config, groups, context_len=context_len)
+            runner = reference.ReferenceModel(
+                program, lambda slot: slot_array(slot, checkpoint, program.act), num_pages, config.page_size
+            )
+            rows = _core.RowTable(groups, config.max_running_requests)
+            return (
+                reference.ReferenceExecutor(runner, rows, trace_capacity=config.trace_capacity),
+                runner,
+                groups,
+                num_pages,
+            )
+        case _:
+            from sapwood.program import cuda
+
+            cuda.make_executor(program)
+
+
+def _reference_groups(program: Program, page_size: int) -> list[_core.KvGroup]:
+    """Groups in float32 without padding; any page size from 1 to 64."""
+    layer_bytes = 2 * page_size * program.num_kv_heads * program.head_dim * 4
+    return [
+        _core.KvGroup(
+            g.kind, window=g.window, num_layers=g.num_layers, page_size=page_size, page_bytes=layer_bytes * g.num_layers
+        )
+        for g in program.groups
+    ]
+
+
+def _declared_dtype(raw: HfConfig) -> str:
+    """config.json's dtype ("torch_dtype" before transformers 5); float32 where it is silent."""
+    value = raw.values.get("dtype") or raw.values.get("torch_dtype") or "float32"
+    return str(value).removeprefix("torch.")
+
+
+def _context_len(config: EngineConfig, of_model: int) -> int:
+    if config.context_length is None:
+        return of_model
+    if config.context_length > of_model:
+        log.warning(
+            "context_length %d is beyond the model's %d: quality past it is not the model's",
+            config.context_length,
+            of_model,
+        )
+    return config.context_length
+
+
+def _cache_salt(model_dir: Path, checkpoint: Checkpoint | None, act: ActDType) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update((model_dir / "config.json").read_bytes())
+    digest.update(checkpoint.identity() if checkpoint is not None else b"dummy")
+    digest.update(act.encode())
+    return int.from_bytes(digest.digest(), "little")

@@ -1,0 +1,119 @@
+"""The native CPU executor: lowers a Program to the core, once; after that no Python runs in a step.
+
+models/loader.py calls `lower`, fills the weight store, sizes the pool and calls `make_executor`; engine/ submits
+StepPlans to what that returns. Kernels, layout and threads are cpp/program/cpu_runner.h's and cpp/kernels/kernels.h's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from sapwood import _core
+from sapwood.config import EngineConfig
+from sapwood.errors import InvalidRequest
+from sapwood.program.ir import Program, Value
+from sapwood.program.ops import OPS
+
+PAGE_SIZES = (16, 32, 64)  # what the CPU attention kernels take
+DIM_MULTIPLE = 16  # head_dim is padded to it inside a page (KvLayout in kernels.h)
+COMPUTE_NICE = 5  # the event loop must be able to preempt the compute threads (one of two cores is its too)
+
+
+def lower(program: Program) -> _core.ProgramBuilder:
+    """The program as the core takes it: value and slot ids stay the same, named parameters become lists in OPS'
+    order.
+    """
+    builder = _core.ProgramBuilder(program.act, program.vocab_size)
+    for value in program.values:
+        builder.value(value_dtype(program, value), value.rows.name, value.cols)
+    for _ in program.slots:
+        builder.slot()
+    for node in program.nodes:
+        spec = OPS[node.op]
+        builder.node(
+            node.op, node.segment, [v.id for v in node.inputs], [v.id for v in node.outputs],
+            [-1 if w is None else w.id for w in node.weights], [int(node.params[n]) for n in spec.ints],
+            [float(node.params[n]) for n in spec.floats], node.name,
+        )  # fmt: skip
+    return builder
+
+
+def value_dtype(program: Program, value: Value) -> str:
+    """float32 or bfloat16: what "act" means in this program."""
+    return program.act if value.dtype == "act" else value.dtype
+
+
+def kv_groups(program: Program, page_size: int) -> list[_core.KvGroup]:
+    """The program's groups with the bytes of one page over all layers of the group, K and V, padding included."""
+    if page_size not in PAGE_SIZES:
+        raise InvalidRequest(f"page_size must be 16, 32 or 64 on device 'cpu', got {page_size}", "page_size")
+    padded_dim = -(-program.head_dim // DIM_MULTIPLE) * DIM_MULTIPLE
+    layer_bytes = 2 * page_size * program.num_kv_heads * padded_dim * (4 if program.act == "float32" else 2)
+    return [
+        _core.KvGroup(
+            group.kind,
+            window=group.window,
+            num_layers=group.num_layers,
+            page_size=page_size,
+            page_bytes=layer_bytes * group.num_layers,
+        )
+        for group in program.groups
+    ]
+
+
+def resolve_isa(config: EngineConfig) -> str:
+    """The kernels' level: the setting, else SAPWOOD_CPU_ISA, else the best this machine has. InvalidRequest names
+    its levels.
+    """
+    isa: str = config.cpu_isa
+    source = "cpu_isa"
+    if isa == "auto" and (override := os.environ.get("SAPWOOD_CPU_ISA")):
+        isa, source = override, "SAPWOOD_CPU_ISA"
+    levels = _core.isa_levels()
+    if isa != "auto" and isa not in levels:
+        raise InvalidRequest(
+            f"{source} {isa!r} is not available here; this machine has: {', '.join(levels)}", "cpu_isa"
+        )
+    return _core.best_isa() if isa == "auto" else isa
+
+
+def make_runner(
+    program: Program,
+    builder: _core.ProgramBuilder,
+    weights: _core.WeightStore,
+    groups: Sequence[_core.KvGroup],
+    num_pages: Sequence[int],
+    config: EngineConfig,
+    *,
+    max_step_tokens: int,
+    debug: bool = False,
+) -> _core.CpuRunner:
+    """The runner: every slot must be filled. debug: no reuse of buffers, canaries, NaN poison before each step."""
+    return _core.CpuRunner(
+        builder,
+        weights,
+        groups,
+        num_pages,
+        num_kv_heads=program.num_kv_heads,
+        head_dim=program.head_dim,
+        max_step_tokens=max_step_tokens,
+        num_threads=config.num_threads or 0,
+        nice=COMPUTE_NICE,
+        isa=resolve_isa(config),
+        debug=debug,
+    )
+
+
+def make_executor(
+    runner: _core.CpuRunner, groups: Sequence[_core.KvGroup], config: EngineConfig, *, recorder_capacity: int = 0
+) -> _core.Executor:
+    """The executor that owns the runner: a row for every running request."""
+    return _core.Executor(
+        runner,
+        groups,
+        config.max_running_requests,
+        trace_capacity=config.trace_capacity,
+        recorder_capacity=recorder_capacity,
+        nice=COMPUTE_NICE,
+    )

@@ -1,0 +1,461 @@
+"""The reference executor: a Program computed node by node in torch, in float32 or float64. The oracle of the native
+one.
+
+It shares nothing with the core's arithmetic: dense matrix products, whole softmaxes, no tiles, no packing,
+activations never rounded. What it does share are the page tables, so a wrong page shows here as well. Three parts:
+
+    ReferenceModel      the forward of one batch, node by node; every node's output can be kept and compared
+    ReferenceExecutor   the interface of _core.Executor around it (submit, drain, fileno, ...), on a thread of its own
+    compare             where two sets of node outputs first differ
+
+The only file of the package that imports torch; models/loader.py imports it for device "reference", tests for diffs.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sapwood.errors import InvalidRequest, MissingExtra
+from sapwood.program.ir import Node, Program, WeightSlot
+from sapwood.program.ops import LOGIT_BLOCK
+
+try:
+    import torch
+except ImportError:
+    raise MissingExtra("device 'reference' needs torch: pip install 'sapwood[test]'") from None
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceBatch:
+    """What one forward reads: _core.RowTable.prepare's arrays (see cpp/batch/row_table.h), or `solo`'s.
+
+    tokens, positions   [T]
+    segments            (row, item, q_begin, q_len, kv_len after this step, rope_mode) of each live item
+    slots               per group: [T] page * page_size + offset, where each token's KV goes
+    page_tables         [group][segment]: page ids by absolute page index, -1 below a window
+    logit_src           [L] query tokens that yield logits
+    """
+
+    tokens: np.ndarray[Any, Any]
+    positions: np.ndarray[Any, Any]
+    segments: Sequence[tuple[int, int, int, int, int, int]]
+    slots: Sequence[np.ndarray[Any, Any]]
+    page_tables: Sequence[Sequence[np.ndarray[Any, Any]]]
+    logit_src: np.ndarray[Any, Any]
+    copies: Sequence[tuple[int, int, int]] = ()
+
+    @classmethod
+    def from_prepared(cls, prepared: Mapping[str, Any]) -> ReferenceBatch:
+        return cls(**{f.name: prepared[f.name] for f in dataclasses.fields(cls)})
+
+    @classmethod
+    def solo(
+        cls,
+        tokens: Sequence[int],
+        *,
+        num_groups: int = 1,
+        page_size: int = 16,
+        past: int = 0,
+        rope_mode: int = 0,
+        all_logits: bool = True,
+    ) -> ReferenceBatch:
+        """One row's tokens after `past` earlier ones, in pages 0, 1, 2, ... of every group; logits of all tokens or
+        the last.
+        """
+        count = len(tokens)
+        positions = np.arange(past, past + count)
+        table = np.arange(-(-(past + count) // page_size))
+        return cls(
+            np.asarray(tokens),
+            positions,
+            [(0, 0, 0, count, past + count, rope_mode)],
+            [positions] * num_groups,
+            [[table]] * num_groups,
+            np.arange(count) if all_logits else np.array([count - 1]),
+        )
+
+
+class ReferenceModel:
+    """A Program with weights and a KV pool of its own.
+
+    Thread safety: none. The pool begins as NaN, so that reading a slot nobody wrote shows.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weight: Callable[[WeightSlot], np.ndarray[Any, np.dtype[np.float32]]],
+        num_pages: Sequence[int],
+        page_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """weight: a slot's values by name of parts, float32 (models/weights.py: slot_array)."""
+        self.program = program
+        self.dtype = dtype
+        self.page_size = page_size
+        self._weights = [torch.from_numpy(np.array(weight(slot))).to(dtype) for slot in program.slots]
+        shape = (2, program.num_kv_heads, program.head_dim)
+        self._kv = [
+            torch.full((spec.num_layers, pages * page_size, *shape), float("nan"), dtype=dtype)
+            for spec, pages in zip(program.groups, num_pages, strict=True)
+        ]
+
+    def copy_pages(self, copies: Iterable[tuple[int, int, int]]) -> None:
+        """(group, source page, destination page) of each copy, done in order, before the forward."""
+        size = self.page_size
+        for group, src, dst in copies:
+            self._kv[group][:, dst * size : (dst + 1) * size] = self._kv[group][:, src * size : (src + 1) * size]
+
+    @torch.inference_mode()
+    def run(
+        self,
+        batch: ReferenceBatch,
+        *,
+        keep: dict[str, np.ndarray[Any, Any]] | None = None,
+        on_head: Callable[[], None] | None = None,
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """One step; returns logits [L, vocab] float32.
+
+        keep      receives every node's first output by node name, in the reference's dtype
+        on_head   called when the head segment begins
+        """
+        self.copy_pages(batch.copies)
+        values: dict[int, torch.Tensor] = {}
+        logits = torch.zeros(0, self.program.vocab_size)
+        segment = "forward"
+        for node in self.program.nodes:
+            if node.segment != segment:
+                segment = node.segment
+                if segment == "head" and on_head is not None:
+                    on_head()
+            outputs = self._run_node(node, [values[v.id] for v in node.inputs], batch)
+            for value, tensor in zip(node.outputs, outputs, strict=True):
+                values[value.id] = tensor
+            if keep is not None and outputs:
+                keep[node.name] = outputs[0].numpy().copy()
+            if node.op == "lm_head":
+                logits = outputs[0]
+        return logits.float().numpy()
+
+    def read_kv(self, group: int, layer_in_group: int, page: int, offset: int) -> np.ndarray[Any, Any]:
+        """[2, num_kv_heads, head_dim]: K and V of one token of one layer."""
+        return self._kv[group][layer_in_group, page * self.page_size + offset].numpy().copy()
+
+    def _run_node(self, node: Node, x: list[torch.Tensor], batch: ReferenceBatch) -> list[torch.Tensor]:
+        w = [None if slot is None else self._weights[slot.id] for slot in node.weights]
+        p = node.params
+        match node.op:
+            case "embedding":
+                return [_need(w[0])[torch.as_tensor(batch.tokens, dtype=torch.long)] * p["scale"]]
+            case "rms_norm":
+                return [_rms_norm(x[0], _need(w[0]) + p["plus_one"], float(p["eps"]))]
+            case "qkv":
+                return [self._qkv(node, x[0], w, batch)]
+            case "attention":
+                return [self._attention(node, x[0], batch)]
+            case "linear":
+                return [_linear(x[0], w)]
+            case "linear_residual":
+                return [x[1] + _linear(x[0], w)]
+            case "gate_up":
+                gate, up = (x[0] @ _need(w[0]).T).chunk(2, dim=-1)
+                return [torch.nn.functional.silu(gate) * up]
+            case "gather_logit_rows":
+                return [x[0][torch.as_tensor(batch.logit_src, dtype=torch.long)]]
+            case "lm_head":
+                logits = x[0] @ _need(w[0]).T * p["scale"]
+                if p["softcap"] > 0:
+                    logits = p["softcap"] * torch.tanh(logits / p["softcap"])
+                blocks = [block.amax(-1) for block in logits.split(LOGIT_BLOCK, dim=-1)]
+                return [logits, torch.stack(blocks, -1)]
+            case "sample":
+                return []
+        raise InvalidRequest(f"the reference executor has no op {node.op!r} (node {node.name!r})")
+
+    def _qkv(self, node: Node, y: torch.Tensor, w: list[torch.Tensor | None], batch: ReferenceBatch) -> torch.Tensor:
+        p = node.params
+        heads, kv_heads, dim = int(p["num_q_heads"]), int(p["num_kv_heads"]), int(p["head_dim"])
+        qkv = _linear(y, w[:2]).view(-1, heads + 2 * kv_heads, dim)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        q = q if w[2] is None else _rms_norm(q, w[2], float(p["eps"]))
+        k = k if w[3] is None else _rms_norm(k, w[3], float(p["eps"]))
+        cos, sin = _need(w[4]), _need(w[5])
+        modes = np.zeros(len(batch.tokens), np.int64)
+        for _, _, begin, length, _, mode in batch.segments:
+            modes[begin : begin + length] = mode
+        rows = torch.as_tensor(modes * (cos.shape[0] // int(p["num_rope_modes"])) + np.asarray(batch.positions))
+        q, k = (_rotate(t, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1), int(p["rotary_dim"])) for t in (q, k))
+        slots = torch.as_tensor(batch.slots[int(p["kv_group"])], dtype=torch.long)
+        self._kv[int(p["kv_group"])][int(p["layer_in_group"]), slots] = torch.stack([k, v], dim=1)
+        return q.reshape(len(batch.tokens), -1)
+
+    def _attention(self, node: Node, q: torch.Tensor, batch: ReferenceBatch) -> torch.Tensor:
+        p = node.params
+        group, dim, window = int(p["kv_group"]), int(p["head_dim"]), int(p["window"])
+        kv_heads, share = int(p["num_kv_heads"]), int(p["num_q_heads"]) // int(p["num_kv_heads"])
+        pool = self._kv[group][int(p["layer_in_group"])]
+        out = torch.empty_like(q)
+        for index, (_, _, begin, length, kv_len, _) in enumerate(batch.segments):
+            first_query = kv_len - length
+            low = max(0, first_query + 1 - window) if window else 0
+            keys_at = np.arange(low, kv_len)
+            pages = np.asarray(batch.page_tables[group][index])[keys_at // self.page_size]
+            kv = pool[torch.as_tensor(pages * self.page_size + keys_at % self.page_size, dtype=torch.long)]
+            k, v = kv[:, 0], kv[:, 1]  # [keys, kv_heads, dim]
+            # Query head h reads kv head h // share.
+            queries = q[begin : begin + length].view(length, kv_heads, share, dim)
+            scores = torch.einsum("tgsd,kgd->gstk", queries, k) * p["scale"]
+            if p["softcap"] > 0:
+                scores = p["softcap"] * torch.tanh(scores / p["softcap"])
+            distance = torch.arange(first_query, kv_len)[:, None] - torch.as_tensor(keys_at)[None, :]
+            hidden = (distance < 0) | (distance >= window) if window else distance < 0
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            out[begin : begin + length] = torch.einsum("gstk,kgd->tgsd", weights, v).reshape(length, -1)
+        return out
+
+
+def _need(weight: torch.Tensor | None) -> torch.Tensor:
+    assert weight is not None  # the recorder has checked it
+    return weight
+
+
+def _linear(y: torch.Tensor, w: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    out = y @ _need(w[0]).T
+    return out if w[1] is None else out + w[1]
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """Turn pairs (i, i + rotary_dim/2) of the leading rotary_dim dimensions; x [T, heads, dim], cos and sin [T, 1,
+    rotary_dim/2].
+    """
+    a, b, rest = x.split([rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+# --- comparison
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeDiff:
+    """How a node's output differs from the reference's. max_abs is inf where shapes differ, nan where one has NaN."""
+
+    node: str
+    max_abs: float
+    max_rel: float
+    at: tuple[int, ...]
+    reference: float
+    other: float
+
+    def __str__(self) -> str:
+        values = f"{self.reference:.6g} against {self.other:.6g}"
+        return f"{self.node}: |diff| {self.max_abs:.3g} (rel {self.max_rel:.3g}) at {self.at}: {values}"
+
+
+def compare(
+    reference: Mapping[str, np.ndarray[Any, Any]],
+    other: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+) -> list[NodeDiff]:
+    """Nodes, in the program's order, whose outputs differ by more than atol + rtol * max|reference|; the first is
+    where to look.
+
+    Only nodes that both mappings hold are compared.
+    """
+    diffs = []
+    for name, expected in reference.items():
+        if name not in other:
+            continue
+        got = np.asarray(other[name], np.float64)
+        want = np.asarray(expected, np.float64)
+        if got.shape != want.shape:
+            diffs.append(NodeDiff(name, float("inf"), float("inf"), got.shape, float("nan"), float("nan")))
+            continue
+        if not want.size:
+            continue
+        error = np.abs(got - want)
+        at = np.unravel_index(int(np.argmax(np.where(np.isnan(error), np.inf, error))), error.shape)
+        worst, scale = float(error[at]), float(np.nanmax(np.abs(want)))
+        if not worst <= atol + rtol * scale:
+            place = tuple(int(i) for i in at)
+            diffs.append(
+                NodeDiff(name, worst, worst / scale if scale else float("inf"), place, float(want[at]), float(got[at]))
+            )
+    return diffs
+
+
+def native_outputs(
+    program: Program, dump: Callable[[str], bytes], names: Iterable[str] | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Every node's first output as float32 [rows, cols] from `_core.CpuRunner.dump`, after a step of a debug runner."""
+    out = {}
+    for node in program.nodes:
+        if not node.outputs or (names is not None and node.name not in names):
+            continue
+        value = node.outputs[0]
+        raw = np.frombuffer(dump(node.name), np.uint8)
+        if value.dtype == "act" and program.act == "bfloat16":
+            flat = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            flat = raw.view(np.float32)
+        out[node.name] = flat.reshape(-1, value.cols)
+    return out
+
+
+# --- the executor
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """As _core.StepTrace: when a step was handed over, began, reached the head and was done (CLOCK_MONOTONIC ns)."""
+
+    step_id: int
+    submit_ns: int
+    start_ns: int
+    head_ns: int
+    done_ns: int
+    num_extend_items: int
+    num_decode_items: int
+
+
+class ReferenceExecutor:
+    """_core.Executor's interface around a ReferenceModel: one thread takes StepPlans in order and reports through an
+    eventfd.
+
+    Rows, sampling and results are the core's (_core.RowTable), the forward is torch's. Thread safety: as
+    _core.Executor, one caller.
+    """
+
+    def __init__(self, model: ReferenceModel, rows: Any, *, trace_capacity: int = 0) -> None:
+        """rows: a _core.RowTable of the same groups, owned by this executor from now on."""
+        self._model = model
+        self._rows = rows
+        self._plans: queue.SimpleQueue[tuple[Any, int] | None] = queue.SimpleQueue()
+        self._events: list[tuple[str, int, Any]] = []
+        self._lock = threading.Condition()
+        self._queued = 0
+        self._last_step = -1
+        self._traces: collections.deque[Trace] = collections.deque(maxlen=trace_capacity)
+        self._trace_capacity = trace_capacity
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._loop, name="sapwood-reference", daemon=True)
+        self._thread.start()
+
+    @property
+    def queued(self) -> int:
+        """Steps submitted and not done."""
+        with self._lock:
+            return self._queued
+
+    def submit(self, plan: Any) -> None:
+        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, or after shutdown."""
+        with self._lock:
+            if self._stopped:
+                raise InvalidRequest("the executor has been shut down")
+            if plan.step_id <= self._last_step:
+                raise InvalidRequest(f"step_id must grow: got {plan.step_id} after {self._last_step}")
+            self._last_step = plan.step_id
+            self._queued += 1
+        self._plans.put((plan, time.monotonic_ns()))
+
+    def drain(self) -> list[tuple[str, int, Any]]:
+        """("head" | "result", step_id, result) since the last call; clears the eventfd. Never blocks."""
+        with self._lock:
+            events, self._events = self._events, []
+            with contextlib.suppress(BlockingIOError, OSError):
+                os.eventfd_read(self._fd)
+        return events
+
+    def fileno(self) -> int:
+        """Readable while events wait. Owned by the executor."""
+        return self._fd
+
+    def wait_idle(self) -> None:
+        """Block until every submitted step is done."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._queued == 0)
+
+    def shutdown(self) -> None:
+        """Drop queued steps, wait for the running one, close the eventfd. Idempotent."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._stopped = True
+        self._plans.put(None)
+        self._thread.join()
+        os.close(self._fd)
+
+    def take_trace(self) -> list[Trace]:
+        with self._lock:
+            traces = list(self._traces)
+            self._traces.clear()
+        return traces
+
+    def recorded_plans(self) -> list[bytes]:
+        """The native executor's flight recorder; this one keeps none."""
+        return []
+
+    def _loop(self) -> None:
+        while (item := self._plans.get()) is not None:
+            plan, submitted = item
+            if self._stopped:
+                self._report(None, done=True)
+                continue
+            started = time.monotonic_ns()
+            head = [started]
+
+            def on_head(plan: Any = plan, head: list[int] = head) -> None:
+                head[0] = time.monotonic_ns()
+                self._report(("head", plan.step_id, None))
+
+            try:
+                prepared = self._rows.prepare(plan)
+                logits = self._model.run(ReferenceBatch.from_prepared(prepared), on_head=on_head)
+                result = self._rows.sample(plan, prepared, np.ascontiguousarray(logits))
+            except Exception as error:  # the step has failed, not the thread: the loop must hear of it
+                log.exception("step %d failed", plan.step_id)
+                result = self._rows.fail(plan, f"{type(error).__name__}: {error}")
+            if self._trace_capacity:
+                kinds = [kind for _, _, kind, _, _ in plan.items()]
+                trace = Trace(
+                    plan.step_id,
+                    submitted,
+                    started,
+                    head[0],
+                    time.monotonic_ns(),
+                    kinds.count("extend"),
+                    kinds.count("decode"),
+                )
+                with self._lock:
+                    self._traces.append(trace)
+            self._report(("result", plan.step_id, result), done=True)
+
+    def _report(self, event: tuple[str, int, Any] | None, *, done: bool = False) -> None:
+        """Post an event and, with a result, count the step as done: nobody may see one without the other."""
+        with self._lock:
+            if event is not None:
+                self._events.append(event)
+                os.eventfd_write(self._fd, 1)
+            if done:
+                self._queued -= 1
+                self._lock.notify_all()
