@@ -1,0 +1,1 @@
+"""Chat: messages to prompt text (template.py). Knows no HTTP and nothing of the engine."""

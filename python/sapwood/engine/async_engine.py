@@ -1,0 +1,789 @@
+"""The public engines: AsyncEngine lives in the caller's event loop, Engine is its face for programs without one.
+
+Receives prompts (text, token ids, messages, or lists of them) from applications and server/; turns them into tokens
+(engine/tokenizer.py; long texts in a worker thread) and requests for engine/engine.py's StepLoop; hands RequestOutputs
+back.
+
+Neither touches signal handlers, event loop policies or global state; any number of them can live in one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import functools
+import os
+import queue
+import random
+import threading
+import uuid
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+import numpy as np
+
+from sapwood.config import EngineConfig
+from sapwood.engine.engine import EngineStats, LoadedModel, StepLoop, StepRecord, as_prompt
+from sapwood.engine.request_state import RequestState
+from sapwood.errors import EngineDead, InvalidRequest
+from sapwood.request import RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from sapwood.engine.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+Params = SamplingParams | Mapping[str, Any] | None
+
+# Texts up to this length are encoded at once, in well under a millisecond; longer ones in a worker thread.
+MAX_INLINE_CHARS = 2000
+# Fields of generation_config.json that are defaults for sampling parameters given as a mapping or not at all.
+MODEL_DEFAULTS = ("temperature", "top_k", "top_p", "min_p")
+
+
+class _FutureSink:
+    """Resolves with the final output."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: asyncio.Future[RequestOutput]) -> None:
+        self.future = future
+
+    def put(self, output: RequestOutput) -> None:
+        if output.finish_reason is not None and not self.future.done():
+            self.future.set_result(output)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+            # Whoever awaits gets it; nobody may be left to, after a cancellation, and that is no news.
+            self.future.exception()
+
+
+class _Arguments(msgspec.Struct):
+    """generate()'s arguments, one entry per prompt."""
+
+    prompts: list[Any]
+    params: list[SamplingParams]
+    request_ids: list[str]
+    is_list: bool
+    priority: int
+    timeout_s: float | None
+    cache_salt: str | None
+
+
+class _StreamSink:
+    """Keeps outputs until the stream fetches them; does not know the stream, so that a dropped one is collected."""
+
+    __slots__ = ("error", "outputs", "waiter")
+
+    def __init__(self) -> None:
+        self.outputs: deque[RequestOutput] = deque()
+        self.error: Exception | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: RequestOutput) -> None:
+        self.outputs.append(output)
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class OutputStream(AsyncIterator[RequestOutput]):
+    """The outputs of one or several requests as they come; `.index` says which prompt of a list an output belongs to.
+
+    The requests are submitted by the first `async for` step. Leaving early aborts what still runs: cancel the task,
+    `await aclose()`, or drop the iterator. Belongs to one task.
+    """
+
+    def __init__(self, engine: AsyncEngine, arguments: _Arguments) -> None:
+        self._engine = engine
+        self._arguments: _Arguments | None = arguments
+        self._sink = _StreamSink()
+        self._requests: list[RequestState] = []
+        self._num_open = len(arguments.prompts)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        sink = self._sink
+        if self._arguments is not None:
+            await self._submit()
+        while True:
+            if sink.outputs:
+                output = sink.outputs.popleft()
+                if output.finish_reason is not None:
+                    self._num_open -= 1
+                return output
+            if self._num_open <= 0:
+                raise StopAsyncIteration
+            if sink.error is not None:
+                self._abort()
+                raise sink.error
+            sink.waiter = self._engine._loop_of().create_future()
+            try:
+                await sink.waiter
+            except BaseException:
+                self._abort()
+                raise
+            finally:
+                sink.waiter = None
+
+    async def _submit(self) -> None:
+        arguments, self._arguments = self._arguments, None
+        assert arguments is not None
+        try:
+            await self._engine.start()
+            self._requests = self._engine._submit(arguments, [self._sink] * self._num_open, stream=True)
+        except BaseException:
+            self._num_open = 0
+            raise
+
+    def _abort(self) -> None:
+        """End what still runs; nothing more comes out."""
+        if self._num_open > 0:
+            self._engine._cancel(self._requests)
+        self._num_open = 0
+        self._arguments = None
+        self._sink.outputs.clear()
+
+    async def aclose(self) -> None:
+        self._abort()
+
+    def __del__(self) -> None:
+        if self._num_open > 0 and self._requests:
+            self._engine._cancel_from_anywhere(self._requests)
+
+
+class AsyncEngine:
+    """An engine inside a running asyncio or uvloop event loop.
+
+        async with AsyncEngine("path/to/checkpoint") as engine:
+            output = await engine.generate("Once upon a time", {"max_new_tokens": 32})
+            async for delta in engine.generate("Once upon a time", stream=True):
+                print(delta.text, end="")
+
+    model     directory in HF format or a hub id; every field of EngineConfig is a keyword
+    Belongs to the loop in which start() (or `async with`, or the first generate()) ran, and to its thread.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
+        self._init(EngineConfig.from_kwargs(os.fspath(model), **settings))
+
+    def _init(
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel | None = None,
+        tokenizer: Tokenizer | None = None,
+        own_process: bool = False,
+    ) -> None:
+        config.verify()
+        self.config = config
+        self._model = loaded
+        self._tokenizer = tokenizer
+        self._own_process = own_process
+        self._steps: StepLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting: asyncio.Future[None] | None = None
+        self._closed = False
+        self._workers: ThreadPoolExecutor | None = None
+        self._seeds = random.Random(config.random_seed)
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None = None) -> Self:
+        """An engine over a model that is loaded already. tokenizer None: token ids alone, outputs have no text."""
+        engine = cls.__new__(cls)
+        engine._init(config, loaded, tokenizer)
+        return engine
+
+    # --- life
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.shutdown()
+
+    async def start(self, progress: Any = None) -> None:
+        """Load the model in a worker thread and begin to serve; does nothing when that was done.
+
+        progress (bytes done, bytes in all) is called by the loader. Raises what loading raises; EngineDead after
+        shutdown.
+        """
+        loop = asyncio.get_running_loop()
+        if self._closed:
+            raise EngineDead("the engine was shut down; make a new one")
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise InvalidRequest(
+                "this AsyncEngine belongs to another event loop; make one per loop, or use Engine across threads"
+            )
+        if self._steps is not None:
+            return
+        if self._starting is not None:
+            await asyncio.shield(self._starting)
+            return
+        self._starting = loop.create_future()
+        try:
+            if self._model is None:
+                await self._load(loop, progress)
+            assert self._model is not None
+            if self._closed:
+                self._model.executor.shutdown()
+                raise EngineDead("the engine was shut down while it loaded")
+            self._steps = StepLoop(self._model, self.config, loop=loop, own_process=self._own_process)
+            self._steps.start()
+        except BaseException as error:
+            starting, self._starting = self._starting, None
+            starting.set_exception(error if isinstance(error, Exception) else EngineDead("start() was cancelled"))
+            starting.exception()
+            raise
+        self._starting.set_result(None)
+
+    async def _load(self, loop: asyncio.AbstractEventLoop, progress: Any) -> None:
+        """Model and tokenizer, side by side in worker threads."""
+        model = loop.run_in_executor(self._pool(), _load_model, self.config, progress)
+        tokenizer = loop.run_in_executor(self._pool(), _load_tokenizer, self.config)
+        # Gather both whatever happens, so that no thread is left with something nobody takes. The model's error counts
+        # first.
+        loaded, loaded_tokenizer = await asyncio.gather(model, tokenizer, return_exceptions=True)
+        if isinstance(loaded, BaseException):
+            raise loaded
+        if isinstance(loaded_tokenizer, BaseException):
+            loaded.executor.shutdown()
+            raise loaded_tokenizer
+        self._model, self._tokenizer = loaded, loaded_tokenizer
+
+    async def shutdown(self) -> None:
+        """End every live request with EngineDead, wait for the running step, give the model up. Idempotent."""
+        steps = self._close()
+        if steps is not None and self._model is not None:
+            await asyncio.get_running_loop().run_in_executor(self._pool(), self._model.executor.shutdown)
+        self._release()
+
+    def _close(self) -> StepLoop | None:
+        """The part of a shutdown that never blocks; on the loop's thread."""
+        self._closed = True
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            steps.close()
+        return steps
+
+    def _release(self) -> None:
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.shutdown(wait=False)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(2, thread_name_prefix="sapwood-worker")
+        return self._workers
+
+    def _running(self) -> StepLoop:
+        if self._steps is None:
+            raise EngineDead(
+                "the engine was shut down"
+                if self._closed
+                else "the engine was not started: use `async with` or start()"
+            )
+        return self._steps
+
+    def _loop_of(self) -> asyncio.AbstractEventLoop:
+        assert self._loop is not None
+        return self._loop
+
+    # --- requests
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        sampling_params: Params | Sequence[Params] = None,
+        *,
+        stream: bool = False,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        cache_salt: str | None = None,
+    ) -> Any:
+        """Continue a prompt: text, token ids, chat messages, or a list of any of these.
+
+        sampling_params  SamplingParams, or a mapping of its fields, whose missing ones (as those of None) are the
+                         model's own (generation_config.json) where it has them; a list gives every prompt its own
+        stream           False: an awaitable of a RequestOutput (of a list of them for a list of prompts).
+                         True: an OutputStream; each output holds what is new, `.index` is the prompt's place in the
+                         list
+        request_id       for abort(); of a list, the requests are "<id>-0", "<id>-1", ...
+        priority         larger is sooner, under schedule_policy "priority"; and later to be retracted
+        timeout_s        deadline from now on; at most the setting request_timeout_s
+        cache_salt       requests with different salts never share cached prefixes
+
+        Raises InvalidRequest, CapacityError, EngineDead. An abort, a deadline, or an error of this request alone
+        is an output with finish_reason ABORT, and `.error` saying why unless the caller aborted it.
+        Cancelling the awaiting task, or leaving the stream, aborts the request.
+        """
+        arguments = self._arguments(prompt, sampling_params, request_id, priority, timeout_s, cache_salt)
+        if stream:
+            return OutputStream(self, arguments)
+        return self._generate(arguments)
+
+    async def _generate(self, arguments: _Arguments) -> RequestOutput | list[RequestOutput]:
+        await self.start()
+        loop = self._loop_of()
+        futures: list[asyncio.Future[RequestOutput]] = [loop.create_future() for _ in arguments.prompts]
+        requests = self._submit(arguments, [_FutureSink(f) for f in futures], stream=False)
+        try:
+            if not arguments.is_list:
+                return await futures[0]
+            return [await f for f in futures]
+        except BaseException:
+            self._cancel(requests)
+            raise
+
+    def _arguments(
+        self,
+        prompt: Any,
+        params: Any,
+        request_id: str | None,
+        priority: int,
+        timeout_s: float | None,
+        cache_salt: str | None,
+    ) -> _Arguments:
+        prompts, is_list = _split(prompt)
+        if isinstance(params, (SamplingParams, Mapping)) or params is None:
+            params = [params] * len(prompts)
+        elif not is_list or len(params) != len(prompts):
+            raise InvalidRequest(
+                f"sampling_params is a list of {len(params)}, but there {'are' if is_list else 'is'} {len(prompts)} "
+                f"prompt{'s' if len(prompts) != 1 else ''}; give one for all, or one each",
+                "sampling_params",
+            )
+        if request_id is None:
+            request_id = uuid.uuid4().hex
+        if not isinstance(request_id, str) or not request_id:
+            raise InvalidRequest(f"request_id must be a non-empty string, got {request_id!r}", "request_id")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidRequest(f"priority must be an integer, got {priority!r}", "priority")
+        if timeout_s is not None and not (isinstance(timeout_s, (int, float)) and timeout_s > 0):
+            raise InvalidRequest(f"timeout_s must be a positive number of seconds, got {timeout_s!r}", "timeout_s")
+        if cache_salt is not None and not isinstance(cache_salt, str):
+            raise InvalidRequest(f"cache_salt must be a string, got {cache_salt!r}", "cache_salt")
+        ids = [f"{request_id}-{i}" for i in range(len(prompts))] if is_list else [request_id]
+        return _Arguments(prompts, params, ids, is_list, priority, timeout_s, cache_salt)
+
+    def _submit(self, arguments: _Arguments, sinks: Sequence[Any], *, stream: bool) -> list[RequestState]:
+        """Check everything, then register and enqueue; all prompts or none. On the loop's thread."""
+        steps = self._running()
+        model, loop = self._model, self._loop_of()
+        assert model is not None
+        params = [self._resolve(p, model) for p in arguments.params]
+        prompts = [self._checked(p, model) for p in arguments.prompts]
+        steps.check_alive()
+        steps.check_capacity(len(prompts))
+        now = loop.time()
+        limits = [t for t in (arguments.timeout_s, self.config.request_timeout_s) if t is not None]
+        deadline = now + min(limits) if limits else None
+        requests: list[RequestState] = []
+        inline_chars = MAX_INLINE_CHARS
+        for i, (prompt, p, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
+            req = RequestState(
+                arguments.request_ids[i],
+                p,
+                sink,
+                stream=stream,
+                seed=p.seed if p.seed is not None else self._seeds.getrandbits(64),
+                index=i,
+                priority=arguments.priority,
+                salt=arguments.cache_salt,
+                submitted_s=now,
+                deadline=deadline,
+            )
+            try:
+                steps.register(req)
+                inline_chars -= self._tokenise(steps, req, prompt, inline_chars)
+            except BaseException:
+                self._cancel(requests)
+                raise
+            requests.append(req)
+        return requests
+
+    def _resolve(self, params: Params, model: LoadedModel) -> SamplingParams:
+        if not isinstance(params, SamplingParams):
+            defaults = getattr(model, "generation_defaults", None) or {}
+            fields = {k: defaults[k] for k in MODEL_DEFAULTS if defaults.get(k) is not None} | dict(params or {})
+            for name in fields:
+                if name not in SamplingParams.__struct_fields__:
+                    near = difflib.get_close_matches(str(name), SamplingParams.__struct_fields__, 1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise InvalidRequest(f"unknown sampling parameter {name!r}{hint}", str(name))
+            try:
+                params = msgspec.convert(fields, SamplingParams)
+            except msgspec.ValidationError as error:
+                raise InvalidRequest(f"sampling_params: {error}", "sampling_params") from None
+        params.verify(model.vocab_size)
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest(
+                "stop strings need a tokenizer, and there is none (skip_tokenizer_init); use stop_token_ids", "stop"
+            )
+        return params
+
+    def _checked(self, prompt: Any, model: LoadedModel) -> Any:
+        """Token ids as int32; text and messages as they are, if there is a tokenizer for them."""
+        if isinstance(prompt, str) or _is_messages(prompt):
+            if self._tokenizer is None:
+                raise InvalidRequest(
+                    "a prompt of text or messages needs a tokenizer, and there is none (skip_tokenizer_init); "
+                    "give token ids",
+                    "prompt",
+                )
+            return prompt
+        return as_prompt(prompt, model.vocab_size)
+
+    def _tokenise(self, steps: StepLoop, req: RequestState, prompt: Any, inline_chars: int) -> int:
+        """Enqueue req once its tokens are there; up to inline_chars at once. Returns how many were encoded here."""
+        if isinstance(prompt, np.ndarray):
+            steps.enqueue(req, prompt, self._decoder(req.params))
+            return 0
+        length = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt)
+        assert self._tokenizer is not None and self._model is not None
+        encode = functools.partial(_encode, self._tokenizer, prompt, self._model.vocab_size)
+        if length > inline_chars:
+            done = functools.partial(self._encoded, steps, req)
+            self._loop_of().run_in_executor(self._pool(), encode).add_done_callback(done)
+            return 0
+        try:
+            ids = encode()
+        except InvalidRequest as error:
+            steps.refuse(req, error)
+            raise
+        except Exception as error:
+            steps.fail(req, error)
+        else:
+            steps.enqueue(req, ids, self._decoder(req.params))
+        return length
+
+    def _encoded(self, steps: StepLoop, req: RequestState, future: asyncio.Future[np.ndarray[Any, Any]]) -> None:
+        """A worker has encoded a long text; back on the loop's thread. Nobody is there to catch what is raised here."""
+        if future.cancelled():
+            steps.fail(req, EngineDead("tokenising was cancelled"))
+            return
+        error = future.exception()
+        if isinstance(error, InvalidRequest):
+            steps.refuse(req, error)
+        elif error is not None:
+            steps.fail(req, error)
+        else:
+            with contextlib.suppress(InvalidRequest):  # the sink has it
+                steps.enqueue(req, future.result(), self._decoder(req.params))
+
+    def _decoder(self, params: SamplingParams) -> Callable[[], Any] | None:
+        if self._tokenizer is None:
+            return None
+        from sapwood.engine.detokenizer import Detokenizer
+
+        return functools.partial(Detokenizer, self._tokenizer, params.skip_special_tokens)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request wherever it is, with finish_reason ABORT; False where no such request lives.
+
+        On the loop's thread.
+        """
+        return self._steps is not None and self._steps.abort(request_id)
+
+    def _cancel(self, requests: Sequence[RequestState]) -> None:
+        """End these requests, as far as they still live. On the loop's thread."""
+        if self._steps is not None:
+            for req in requests:
+                self._steps.cancel(req)
+
+    def _cancel_from_anywhere(self, requests: Sequence[RequestState]) -> None:
+        if self._loop is None or self._loop.is_closed() or self._steps is None:
+            return
+        with contextlib.suppress(RuntimeError):  # the loop closed meanwhile, and its engine with it
+            self._loop.call_soon_threadsafe(self._cancel, requests)
+
+    # --- looking in
+
+    @property
+    def model(self) -> LoadedModel | None:
+        """What the loader handed over; None before start()."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; None before start() and with skip_tokenizer_init."""
+        return self._tokenizer
+
+    async def wait_idle(self) -> None:
+        """Return once no request lives and no step is in flight."""
+        await self._running().wait_idle()
+
+    def flush_cache(self) -> int:
+        """Drop every cached page no running request uses; returns how many."""
+        return self._running().flush_cache()
+
+    def trace(self) -> list[StepRecord]:
+        """The last trace_capacity steps, oldest first."""
+        return self._running().trace()
+
+    def stats(self) -> EngineStats:
+        """Counters, gauges, host microseconds per step."""
+        return self._running().stats()
+
+
+class _QueueSink:
+    """Hands outputs to a consumer in another thread."""
+
+    __slots__ = ("items",)
+
+    def __init__(self) -> None:
+        self.items: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
+
+    def put(self, output: RequestOutput) -> None:
+        self.items.put(output)
+
+    def fail(self, error: Exception) -> None:
+        self.items.put(error)
+
+
+class Engine:
+    """An engine for programs without an event loop: it runs one of its own in a daemon thread.
+
+        with Engine("path/to/checkpoint") as engine:
+            print(engine.generate("Once upon a time").text)
+
+    Arguments, outputs and errors are AsyncEngine's; generate(stream=True) gives an iterator. Any number of threads may
+    use it. An interrupt (KeyboardInterrupt) in a waiting call aborts its request. progress is handed to the model's
+    loader (progress bars).
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, progress: Any = None, **settings: Any) -> None:
+        engine = AsyncEngine.__new__(AsyncEngine)
+        engine._init(EngineConfig.from_kwargs(os.fspath(model), **settings), own_process=True)
+        self._begin(engine, progress)
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None = None) -> Self:
+        """As AsyncEngine.from_loaded."""
+        engine = cls.__new__(cls)
+        engine._begin(AsyncEngine.from_loaded(loaded, config, tokenizer), None)
+        return engine
+
+    def _begin(self, engine: AsyncEngine, progress: Any) -> None:
+        self._engine = engine
+        self.config = engine.config
+        self._loop = _new_event_loop()
+        self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="sapwood-engine", daemon=True)
+        self._thread.start()
+        # Runs at shutdown(), when the engine is collected, or at the interpreter's exit: whichever comes first.
+        self._finalizer = weakref.finalize(self, _stop, engine, self._loop, self._thread)
+        try:
+            self._call(engine.start(progress))
+        except BaseException:
+            self._finalizer()
+            raise
+
+    def _call(self, coroutine: Any) -> Any:
+        """Run a coroutine on the engine's loop and wait for it; an interrupt cancels it."""
+        if self._loop.is_closed() or not self._thread.is_alive():
+            coroutine.close()
+            raise EngineDead("the engine was shut down")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End every live request with EngineDead and stop. Idempotent."""
+        self._finalizer()
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        sampling_params: Params | Sequence[Params] = None,
+        *,
+        stream: bool = False,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        cache_salt: str | None = None,
+    ) -> Any:
+        """See AsyncEngine.generate. Returns the RequestOutput or list; with stream=True an iterator of deltas."""
+        if not self._finalizer.alive:
+            raise EngineDead("the engine was shut down")
+        arguments = self._engine._arguments(prompt, sampling_params, request_id, priority, timeout_s, cache_salt)
+        if stream:
+            return self._stream(arguments)
+        return self._call(self._engine._generate(arguments))
+
+    def _stream(self, arguments: _Arguments) -> Iterator[RequestOutput]:
+        sink = _QueueSink()
+        num_open = len(arguments.prompts)
+
+        async def submit() -> list[RequestState]:
+            return self._engine._submit(arguments, [sink] * num_open, stream=True)
+
+        requests = self._call(submit())
+        try:
+            while num_open:
+                item = sink.items.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item.finish_reason is not None:
+                    num_open -= 1
+                yield item
+        finally:
+            if num_open:
+                self._engine._cancel_from_anywhere(requests)
+
+    def _ask(self, method: Callable[[], Any]) -> Any:
+        async def ask() -> Any:
+            return method()
+
+        return self._call(ask())
+
+    def abort(self, request_id: str) -> bool:
+        """See AsyncEngine.abort; from any thread."""
+        return bool(self._ask(functools.partial(self._engine.abort, request_id)))
+
+    @property
+    def model(self) -> LoadedModel | None:
+        return self._engine.model
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._engine.tokenizer
+
+    def wait_idle(self) -> None:
+        """Return once no request lives and no step is in flight."""
+        self._call(self._engine.wait_idle())
+
+    def flush_cache(self) -> int:
+        """Drop every cached page no running request uses; returns how many."""
+        return int(self._ask(self._engine.flush_cache))
+
+    def trace(self) -> list[StepRecord]:
+        """The last trace_capacity steps, oldest first."""
+        return list(self._ask(self._engine.trace))
+
+    def stats(self) -> EngineStats:
+        """Counters, gauges, host microseconds per step."""
+        stats: EngineStats = self._ask(self._engine.stats)
+        return stats
+
+
+def _load_model(config: EngineConfig, progress: Any) -> LoadedModel:
+    from sapwood.models.loader import load
+
+    return load(config, progress)
+
+
+def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    from sapwood.engine.tokenizer import Tokenizer
+
+    if config.tokenizer is not None:
+        return Tokenizer.load(config.tokenizer)
+    return Tokenizer.load(config.model, revision=config.revision)
+
+
+def _encode(tokenizer: Tokenizer, prompt: Any, vocab_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Text or messages to token ids. Runs in a worker thread for long prompts."""
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    else:
+        # The template writes the special tokens itself.
+        ids = tokenizer.encode(
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True), add_special_tokens=False
+        )
+    if not ids:
+        raise InvalidRequest("prompt has no tokens; give at least one", "prompt")
+    return as_prompt(ids, vocab_size)
+
+
+def _is_messages(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _split(prompt: Any) -> tuple[list[Any], bool]:
+    """One prompt as a list of one, and whether it was a list of prompts."""
+    if isinstance(prompt, (str, np.ndarray)) or _is_messages(prompt):
+        return [prompt], False
+    if isinstance(prompt, (list, tuple, range)):
+        if not prompt:
+            raise InvalidRequest("prompt is empty; give text, token ids, messages, or a list of them", "prompt")
+        if isinstance(prompt[0], (str, list, tuple, range, np.ndarray)):
+            return list(prompt), True
+        return [prompt], False
+    raise InvalidRequest(
+        f"prompt must be text, token ids, messages, or a list of them, got {type(prompt).__name__}", "prompt"
+    )
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # no wheel for this platform: slower, not different
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        with contextlib.suppress(Exception):
+            pending = asyncio.all_tasks(loop)
+            for task in pending:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        loop.close()
+
+
+def _stop(engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Shut an Engine down from any thread, also from the garbage collector or at the interpreter's exit."""
+    if loop.is_closed() or not thread.is_alive():
+        return
+    if threading.current_thread() is thread:  # collected on its own thread, which cannot wait for itself
+        engine._close()
+        engine._release()
+        loop.stop()
+        return
+    closed = threading.Event()
+
+    def close() -> None:
+        try:
+            engine._close()
+        finally:
+            closed.set()
+
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(close)
+        closed.wait()
+    if engine.model is not None:
+        engine.model.executor.shutdown()
+    engine._release()
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(loop.stop)
+    thread.join()
