@@ -1,0 +1,163 @@
+"""libsapwood_cuda.so without a GPU: it builds, loads, exports only launchers, and refuses wrong arguments.
+
+Needs nvcc and cmake, or SAPWOOD_CUDA_LIB = a library that is already built. What the kernels compute is checked on a
+GPU by bench/gpu_suite.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def suite() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_suite", ROOT / "bench" / "gpu_suite.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def library_path(suite: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if named := os.environ.get("SAPWOOD_CUDA_LIB"):
+        return Path(named)
+    beside_python = Path(sys.executable).parent
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on the PATH (or name a built library in SAPWOOD_CUDA_LIB)")
+    if shutil.which("cmake") is None and not (beside_python / "cmake").exists():
+        pytest.skip("cmake is not on the PATH (or name a built library in SAPWOOD_CUDA_LIB)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{beside_python}{os.pathsep}{os.environ['PATH']}")
+        built: Path = suite.build(tmp_path_factory.mktemp("cuda"), "90a-real")
+    return built
+
+
+@pytest.fixture(scope="module")
+def library(suite: ModuleType, library_path: Path) -> ctypes.CDLL:
+    loaded: ctypes.CDLL = suite.load_library(library_path)
+    return loaded
+
+
+def refusal(library: ctypes.CDLL, name: str, params: ctypes.Structure) -> str:
+    """The error text of a call that must be refused before anything is launched."""
+    assert getattr(library, name)(ctypes.byref(params), None) == -1
+    text: bytes = library.sapwood_cuda_last_error()
+    return text.decode()
+
+
+def rms_norm(suite: ModuleType, **changes: Any) -> Any:
+    fields = dict(x_dtype=0, x=64, weight=64, y=64, x_stride=8, y_stride=8, num_rows=1, hidden=8, eps=1e-5, plus_one=0)
+    return suite.RmsNormParams(**{**fields, **changes})
+
+
+def rope(suite: ModuleType, **changes: Any) -> Any:
+    pointers = ("qkv", "q_out", "k_pages", "v_pages", "slots", "positions", "cos", "sin")
+    fields: dict[str, Any] = dict.fromkeys(pointers, 64)
+    fields |= dict(num_tokens=1, qkv_stride=32, q_stride=16, page_stride=128, norm_eps=1e-6)
+    fields |= dict(num_q_heads=2, num_kv_heads=1, head_dim=8, rotary_dim=8, page_size=16)
+    return suite.RopeKvWriteParams(**{**fields, **changes})
+
+
+def test_exports_the_launchers_and_nothing_else(suite: ModuleType, library_path: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not on the PATH")
+    command = ["nm", "-D", "--defined-only", str(library_path)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    symbols = {line.split()[-1] for line in listing.splitlines()}
+    assert symbols == {"sapwood_cuda_abi_version", "sapwood_cuda_last_error", *suite.OPS}
+
+
+def test_needs_no_cuda_library_to_load(library_path: Path) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf (binutils) is not on the PATH")
+    dynamic = subprocess.run(["readelf", "-d", str(library_path)], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert needed and not [name for name in needed if "cuda" in name or "nv" in name]
+
+
+def test_another_struct_size_is_refused(suite: ModuleType, library: ctypes.CDLL) -> None:
+    for name, params in (("rms_norm", rms_norm(suite)), ("rope_kv_write", rope(suite))):
+        expected = params.struct_size
+        params.struct_size = expected - 8
+        text = refusal(library, f"sapwood_cuda_{name}", params)
+        assert text.startswith(f"{name}: params.struct_size is {expected - 8}, this library expects {expected}")
+
+
+def test_null_params_are_refused(suite: ModuleType, library: ctypes.CDLL) -> None:
+    for name in suite.OPS:
+        assert getattr(library, name)(None, None) == -1
+        assert b"params is null" in library.sapwood_cuda_last_error()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"x_dtype": 2}, "x_dtype must be f32 (0) or bf16 (1), got 2"),
+        ({"num_rows": -1}, "num_rows must not be negative, got -1"),
+        ({"hidden": 0}, "hidden must be positive, got 0"),
+        ({"x_stride": 7}, "at least hidden = 8, got 7 and 8"),
+        ({"y_stride": 7}, "at least hidden = 8, got 8 and 7"),
+        ({"eps": 0.0}, "eps must be positive, got 0"),
+        ({"weight": None}, "must not be null"),
+    ],
+)
+def test_rms_norm_names_the_wrong_argument(
+    suite: ModuleType, library: ctypes.CDLL, changes: dict[str, Any], said: str
+) -> None:
+    text = refusal(library, "sapwood_cuda_rms_norm", rms_norm(suite, **changes))
+    assert text.startswith("rms_norm: ") and said in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_tokens": -1}, "num_tokens must not be negative, got -1"),
+        ({"num_kv_heads": 0}, "must be positive, got 2 and 0"),
+        ({"head_dim": 7}, "head_dim must be even and in 2..256, got 7"),
+        ({"head_dim": 258}, "head_dim must be even and in 2..256, got 258"),
+        ({"rotary_dim": 10}, "rotary_dim must be even and in 0..head_dim = 8, got 10"),
+        ({"page_size": 0}, "page_size must be positive, got 0"),
+        ({"qkv_stride": 31}, "qkv_stride must be even and at least 32, got 31"),
+        ({"q_stride": 14}, "q_stride must be even and at least 16, got 14"),
+        ({"page_stride": 126}, "page_stride must be even and at least 128, got 126"),
+        ({"q_norm": 64, "norm_eps": 0.0}, "norm_eps must be positive, got 0"),
+        ({"k_norm": 64, "norm_eps": 0.0}, "norm_eps must be positive, got 0"),
+        ({"slots": None}, "must not be null"),
+        ({"cos": None}, "must not be null when rotary_dim = 8"),
+        ({"q_out": 66}, "aligned to 4 bytes"),
+    ],
+)
+def test_rope_kv_write_names_the_wrong_argument(
+    suite: ModuleType, library: ctypes.CDLL, changes: dict[str, Any], said: str
+) -> None:
+    text = refusal(library, "sapwood_cuda_rope_kv_write", rope(suite, **changes))
+    assert text.startswith("rope_kv_write: ") and said in text
+
+
+def test_nothing_to_do_needs_no_gpu(suite: ModuleType, library: ctypes.CDLL) -> None:
+    assert library.sapwood_cuda_rms_norm(ctypes.byref(rms_norm(suite, num_rows=0)), None) == 0
+    assert library.sapwood_cuda_rope_kv_write(ctypes.byref(rope(suite, num_tokens=0)), None) == 0
+
+
+def test_gpu_suite_says_why_it_cannot_run() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: run bench/gpu_suite.py itself")
+    command = [sys.executable, str(ROOT / "bench" / "gpu_suite.py"), "--stage", "check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no CUDA GPU" in done.stderr and "nothing was checked" in done.stderr
