@@ -6,6 +6,8 @@
 start    a new `python` process, from exec to the first token of a 16-token prompt; the checkpoint is read once
          before, so it comes from the page cache; beside it the time one plain read of the same files takes
 ttft     a prompt of --prompt-len tokens, then the same prompt again; fresh prompts each repeat; medians
+ahead    4 requests decoding together: the share of decode steps that were planned before the result of the step before
+         them, the pause between two steps, and a step's length
 idle     CPU seconds the whole process uses in --idle-s seconds with an engine up and nothing to do
 """
 
@@ -86,6 +88,25 @@ def measure_ttft(engine, vocab_size: int, prompt_len: int, repeats: int) -> dict
     }  # fmt: skip
 
 
+def measure_ahead(engine, vocab_size: int) -> dict[str, float]:
+    from itertools import pairwise
+
+    from sapwood import SamplingParams
+
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(300, vocab_size, 32).tolist() for _ in range(4)]
+    begin = len(engine.trace())
+    engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=100, ignore_eos=True))
+    pairs = [(a, b) for a, b in pairwise(engine.trace()[begin:]) if b.num_decode_rows]
+    ahead = sum(b.planned_ns < a.done_ns for a, b in pairs)
+    return {
+        "decode_steps": len(pairs),
+        "planned_ahead": ahead / len(pairs),
+        "gap_us": statistics.median((b.start_ns - a.done_ns) / 1e3 for a, b in pairs),
+        "step_ms": statistics.median((b.done_ns - b.start_ns) / 1e6 for _, b in pairs),
+    }
+
+
 def measure_idle(seconds: float) -> dict[str, float]:
     time.sleep(1.0)  # let threads park
     cpu, wall = time.process_time(), time.monotonic()
@@ -107,8 +128,9 @@ def main() -> int:
 
     results = {"start": measure_start(args.model, args.repeats)}
     config = json.loads((args.model / "config.json").read_text())
-    with Engine(str(args.model), skip_tokenizer_init=True, max_total_tokens=8192) as engine:
+    with Engine(str(args.model), skip_tokenizer_init=True, max_total_tokens=8192, trace_capacity=10000) as engine:
         results["ttft"] = measure_ttft(engine, config["vocab_size"], args.prompt_len, args.repeats)
+        results["ahead"] = measure_ahead(engine, config["vocab_size"])
         results["idle"] = measure_idle(args.idle_s)
     if args.json:
         print(json.dumps(results))
