@@ -103,7 +103,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @classmethod
     def from_kwargs(cls, model: str, **settings: Any) -> EngineConfig:
-        """Build and verify. InvalidRequest for a wrong type, or for an unknown setting, naming the nearest valid one."""
+        """Build and verify. InvalidRequest for a wrong type or an unknown setting, naming the nearest valid one."""
         import difflib
 
         for name in settings:

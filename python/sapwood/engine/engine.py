@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 # Plan late where the head takes at least this long: the host needs ~0.1 ms to plan, five times that is safe.
 LATE_HEAD_MS = 0.5
+# A head that was over before the loop got to plan (another process had the core) left the executor idle: for so many
+# steps planning does not wait for the head.
+EARLY_STEPS_AFTER_MISS = 24
 # At most one step runs and one waits.
 MAX_IN_FLIGHT = 2
 
@@ -184,6 +187,7 @@ class StepLoop:
         self._in_flight: deque[_Launched] = deque()
         self._next_step = 0
         self._head_ms = 0.0
+        self._num_early_steps = 0
         self._head_times: deque[float] = deque(maxlen=16)
         self._wake_pending = False
         self._dead: EngineDead | None = None
@@ -448,7 +452,7 @@ class StepLoop:
             return False
         # Where the head is long enough to hide the planning, wait for it: what arrives during the forward gets in a
         # step earlier.
-        return self._head_ms < LATE_HEAD_MS or self._in_flight[0].head_seen
+        return self._head_ms < LATE_HEAD_MS or self._num_early_steps > 0 or self._in_flight[0].head_seen
 
     def _pump(self) -> None:
         """Plan and submit as far as allowed."""
@@ -489,6 +493,7 @@ class StepLoop:
             )
             self._trace.append(record)
         launched = _Launched(built, record)
+        self._num_early_steps = max(0, self._num_early_steps - 1)
         self._in_flight.append(launched)
         self._executor.submit(launched.plan)  # type: ignore[arg-type]
         ended = time.monotonic_ns()
@@ -517,13 +522,17 @@ class StepLoop:
         if self._dead is not None:
             return
         try:
+            late_head = -1
             for kind, step_id, result in self._executor.drain():
                 if kind == "head":
+                    late_head = step_id
                     for launched in self._in_flight:
                         if launched.plan.step_id == step_id:  # type: ignore[union-attr]
                             launched.head_seen = True
                 else:
                     assert result is not None
+                    if step_id == late_head and self._head_ms >= LATE_HEAD_MS:
+                        self._num_early_steps = EARLY_STEPS_AFTER_MISS
                     self._commit(result)
         except Exception as problem:
             self._die(problem)
