@@ -108,7 +108,7 @@ MUTATIONS = (
         "finish-ignored-on-device", "cpp/batch/row_table.cc",
         "if (flags != 0) row.alive = false;",
         "",
-        CHECKSUM,
+        "ctest:row_table_test",
     ),
     # The step loop.
     Mutation(
