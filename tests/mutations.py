@@ -99,6 +99,20 @@ MUTATIONS = (
         CHECKSUM,
     ),
     Mutation(
+        "failed-step-stays-cached",
+        "cpp/batch/batch_builder.cc",
+        "cache->InvalidateSince(step);",
+        "(void)step;",
+        CHECKSUM,
+    ),
+    Mutation(
+        "token-from-a-failed-prefix",
+        "cpp/batch/batch_builder.cc",
+        "if (failed || !row.lease.valid()) {",
+        "if (failed) {",
+        CHECKSUM,
+    ),
+    Mutation(
         "stale-generation", "cpp/batch/row_table.cc",
         "if (!row.alive || row.gen != item.gen) {",
         "if (!row.alive) {",

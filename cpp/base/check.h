@@ -1,7 +1,7 @@
 // Errors and checks of the core.
 //
 // Three kinds of failure, three exception classes; bindings/module.cc maps each to its Python twin once:
-//   InvalidArgument  the caller passed something wrong        -> sapwood.errors.InvalidRequest / ValueError
+//   InvalidArgument  the caller passed something wrong        -> sapwood.errors.InvalidRequest
 //   CapacityError    a pool, table or queue is full            -> sapwood.errors.CapacityError
 //   InternalError    a broken invariant, i.e. a bug of ours    -> sapwood.errors.InternalError
 // A message names the argument, what was expected, what came, and where it helps, the remedy.

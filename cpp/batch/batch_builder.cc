@@ -37,6 +37,7 @@ struct Row {
   int64_t max_len = 0;
   int64_t capacity = 0;              // tokens its lease has pages for
   int64_t last_step = kNoStep;       // newest step that names it
+  int64_t copied_step = kNoStep;     // a fork: newest step that wrote the pages it copies, while that was in flight
   int64_t cached_len = 0;
   int64_t committed_len = 0;         // whole pages handed to the cache, in tokens
   int64_t next_slide = kNever;       // planned_len at which a window group can give up its next page
@@ -205,6 +206,7 @@ struct BatchBuilder::Impl {
     if (!lease) return {.row = -1, .gen = 0, .cached_len = 0};
     const Admitted admitted = TakeRow(std::move(spec), std::move(lease));
     if (!fork.copies.empty()) {
+      if (parent.in_flight > 0) rows[admitted.row].copied_step = parent.last_step;
       fork.ref = {admitted.row, admitted.gen};
       pending_forks.push_back(std::move(fork));
     }
@@ -385,7 +387,8 @@ struct BatchBuilder::Impl {
       if (row.gen != items[i].gen) continue;
       --row.in_flight;
       row.samples_in_flight -= items[i].logit_from < items[i].q_len;
-      if (failed) {
+      if (failed || !row.lease.valid()) {
+        // A row that shares pages of a failed step sampled from garbage: its token is not one.
         EndRow(row, true);
       } else if (!row.worthless) {
         CommitItem(row, items[i], result, result.items[i], &out);
@@ -397,8 +400,17 @@ struct BatchBuilder::Impl {
       if (failed) EndRow(rows[ref.row], true);
     }
     launched.pop_front();
+    if (failed) FailSince(result.step_id);
     cache->Retire(result.step_id);
     return out;
+  }
+
+  // Nobody may build on what the failed step, and those launched on top of it, were to compute.
+  void FailSince(int64_t step) {
+    cache->InvalidateSince(step);
+    for (const int32_t r : live) {
+      if (rows[r].copied_step >= step) EndRow(rows[r], true);
+    }
   }
 
   static void CheckResult(const StepResult& result, const std::vector<PlanItem>& items) {

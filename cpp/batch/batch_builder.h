@@ -91,8 +91,8 @@ class BatchBuilder {
   // Take a result in: append tokens, note the end of rows, retire the step (cache limbo included).
   // A row that ended (flags kFinished*, kBadLogits) becomes kDone; the caller must Release it. Results come in launch
   // order; items that were skipped or whose row was released leave no entry. A failed step (result.error) gives an
-  // empty answer and makes every row it named kDone and worthless: Release takes their pages out of the tree. Pages of
-  // rows released while it ran may be in the tree: after a failed step, release all rows and Flush the cache.
+  // empty answer, makes every row it named kDone and worthless, and takes out of the cache what it and later steps were
+  // to compute. Rows that share such pages become !valid(): their results are dropped too, release and recompute them.
   Committed Commit(const StepResult& result);
 
   // Leave the row out of new plans from now on / take it back in (back to kExtend or kDecode).

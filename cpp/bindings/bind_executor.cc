@@ -6,17 +6,29 @@
 
 namespace sapwood::bindings {
 
+namespace {
+
+// The last reference may go while a long step runs: joining it must not stop every other Python thread.
+struct DeleteWithoutGil {
+  void operator()(Executor* executor) const {
+    const py::gil_scoped_release release;
+    std::default_delete<Executor>()(executor);
+  }
+};
+
+}  // namespace
+
 void BindExecutor(py::module_& m) {
   py::class_<PyRunner>(m, "Runner");
   m.def(
       "checksum_runner",
       [](std::vector<KvGroup> groups, std::vector<int32_t> num_pages, int32_t vocab_size, uint64_t stall_seed,
-         int32_t stall_us, int32_t bad_every) {
+         int32_t stall_us, int32_t bad_every, int32_t fail_every) {
         return PyRunner(MakeChecksumRunner(
-            {std::move(groups), std::move(num_pages), vocab_size, stall_seed, stall_us, bad_every}));
+            {std::move(groups), std::move(num_pages), vocab_size, stall_seed, stall_us, bad_every, fail_every}));
       },
       py::arg("groups"), py::arg("num_pages"), py::arg("vocab_size") = 1000, py::kw_only(), py::arg("stall_seed") = 0,
-      py::arg("stall_us") = 0, py::arg("bad_every") = 0);
+      py::arg("stall_us") = 0, py::arg("bad_every") = 0, py::arg("fail_every") = 0);
   m.def("checksum_next_token", [](const std::vector<KvGroup>& groups, int32_t vocab_size, const Ints& tokens) {
     auto view = View(tokens);
     return ChecksumNextToken(groups, vocab_size, view.data(), static_cast<int64_t>(view.size()));
@@ -37,7 +49,7 @@ void BindExecutor(py::module_& m) {
       .def_readonly("num_extend_items", &StepTrace::num_extend_items)
       .def_readonly("num_decode_items", &StepTrace::num_decode_items);
 
-  py::class_<Executor>(m, "Executor")
+  py::class_<Executor, std::unique_ptr<Executor, DeleteWithoutGil>>(m, "Executor")
       .def(py::init([](PyRunner& runner, std::vector<KvGroup> groups, int32_t max_rows, int32_t trace_capacity,
                        int32_t recorder_capacity, int32_t nice) {
              ExecutorConfig config;
@@ -46,7 +58,8 @@ void BindExecutor(py::module_& m) {
              config.trace_capacity = trace_capacity;
              config.recorder_capacity = recorder_capacity;
              config.nice = nice;
-             return std::make_unique<Executor>(runner.HandOver(), std::move(config));
+             return std::unique_ptr<Executor, DeleteWithoutGil>(
+                 std::make_unique<Executor>(runner.HandOver(), std::move(config)).release());
            }),
            py::arg("runner"), py::arg("groups"), py::arg("max_rows"), py::kw_only(), py::arg("trace_capacity") = 0,
            py::arg("recorder_capacity") = 0, py::arg("nice") = 0)

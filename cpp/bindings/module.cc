@@ -18,9 +18,25 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Sapwood's core: page pool, radix tree, batch builder, executor, CPU kernels, sampler.";
   m.attr("__version__") = SAPWOOD_VERSION;
 
-  py::register_exception<InvalidArgument>(m, "InvalidArgument", PyExc_ValueError);
-  py::register_exception<CapacityError>(m, "CapacityError", PyExc_RuntimeError);
-  py::register_exception<InternalError>(m, "InternalError", PyExc_RuntimeError);
+  // The core's errors are the package's own (floor 0), so that a caller catches one family.
+  const py::module_ errors = py::module_::import("sapwood.errors");
+  m.attr("InvalidArgument") = errors.attr("InvalidRequest");
+  m.attr("CapacityError") = errors.attr("CapacityError");
+  m.attr("InternalError") = errors.attr("InternalError");
+  py::register_exception_translator([](std::exception_ptr problem) {
+    const auto raise = [](const char* name, const std::exception& error) {
+      PyErr_SetString(py::module_::import("sapwood.errors").attr(name).ptr(), error.what());
+    };
+    try {
+      if (problem) std::rethrow_exception(problem);
+    } catch (const InvalidArgument& error) {
+      raise("InvalidRequest", error);
+    } catch (const CapacityError& error) {
+      raise("CapacityError", error);
+    } catch (const InternalError& error) {
+      raise("InternalError", error);
+    }
+  });
 
   bindings::BindCache(m);
   bindings::BindBatch(m);

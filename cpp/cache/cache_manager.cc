@@ -467,6 +467,8 @@ void CacheManager::Invalidate(Lease lease, int64_t last_step) {
   impl_->ReleaseState(std::move(lease.state_), last_step);
 }
 
+void CacheManager::InvalidateSince(int64_t step) { impl_->tree->DetachSince(step); }
+
 void CacheManager::Retire(int64_t step) {
   Impl& impl = *impl_;
   impl.retired = std::max(impl.retired, step);

@@ -146,6 +146,10 @@ class CacheManager {
   // share them become !valid(). Their pages are freed when the last sharer lets go.
   void Invalidate(Lease lease, int64_t last_step);
 
+  // Step `step` failed: what it and the steps after it were to compute leaves the tree, also the pages of leases that
+  // have been released meanwhile. Leases that share such pages become !valid(). Call before Retire(step). O(nodes).
+  void InvalidateSince(int64_t step);
+
   // Step `step` and all before it have retired: empty the limbo up to it.
   void Retire(int64_t step);
 

@@ -615,7 +615,7 @@ void RadixTree::Flush() {
 }
 
 void RadixTree::Detach(TreeNode* node) {
-  SAPWOOD_CHECK(node->attached && node->parent != nullptr && node->pins > 0, "detach");
+  SAPWOOD_CHECK(node->attached && node->parent != nullptr, "detach");
   scratch_.assign(1, node);
   for (size_t i = 0; i < scratch_.size(); ++i) {
     for (TreeNode* child = scratch_[i]->first_child; child != nullptr; child = child->next_sibling) {
@@ -641,6 +641,23 @@ void RadixTree::Detach(TreeNode* node) {
     }
     UnlinkChild(gone);
     if (gone->pins == 0) FreeNode(gone);
+  }
+}
+
+void RadixTree::DetachSince(int64_t step) {
+  std::vector<TreeNode*> topmost, open;
+  for (const auto& [ns, root] : roots_) open.push_back(root);
+  while (!open.empty()) {
+    TreeNode* node = open.back();
+    open.pop_back();
+    for (TreeNode* child = node->first_child; child != nullptr; child = child->next_sibling) {
+      (child->ready_step >= step ? topmost : open).push_back(child);
+    }
+  }
+  for (TreeNode* node : topmost) {
+    TreeNode* parent = node->parent;
+    Detach(node);
+    DeleteIfUseless(parent);
   }
 }
 

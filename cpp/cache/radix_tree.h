@@ -143,8 +143,10 @@ class RadixTree {
               int64_t ready_step);
 
   // Takes the subtree at node out of the tree: unlocked pages become free, locked ones kLimbo until the last
-  // lock goes. REQUIRES: node attached, not a root, pinned.
+  // lock goes; an unpinned node is gone. REQUIRES: node attached, not a root.
   void Detach(TreeNode* node);
+  // Detaches every node that holds a page computed by step `step` or a later one. O(nodes).
+  void DetachSince(int64_t step);
 
   // Evicts least recently used pages of group g until the pool has num_free free ones.
   // REQUIRES: num_free() + evictable(g) >= num_free. O(1) per page.

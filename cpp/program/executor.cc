@@ -57,6 +57,7 @@ struct Executor::Impl {
   std::vector<SampledToken> sampled;
 
   std::thread thread;
+  const pid_t pid = getpid();  // a forked child has this object, but not its thread
 
   Impl(std::unique_ptr<Runner> r, ExecutorConfig c)
       : config(std::move(c)), runner(std::move(r)), rows(config.groups, config.max_rows) {}
@@ -158,7 +159,11 @@ Executor::Executor(std::unique_ptr<Runner> runner, ExecutorConfig config) {
   impl_->thread = std::thread([impl = impl_.get()] { impl->Loop(); });
 }
 
-Executor::~Executor() { Shutdown(); }
+Executor::~Executor() {
+  Shutdown();
+  // In a forked child the lock may be held, and memory written, by a thread that is not there: leave it all alone.
+  if (getpid() != impl_->pid) static_cast<void>(impl_.release());
+}
 
 void Executor::Submit(std::shared_ptr<const StepPlan> plan) {
   SAPWOOD_REQUIRE(plan != nullptr, "plan must not be null");
@@ -185,6 +190,10 @@ void Executor::WaitIdle() {
 }
 
 void Executor::Shutdown() {
+  if (getpid() != impl_->pid) {
+    if (impl_->thread.joinable()) impl_->thread.detach();
+    return;
+  }
   {
     const std::lock_guard lock(impl_->mutex);
     impl_->stop = true;

@@ -87,6 +87,12 @@ class ChecksumRunner final : public Runner {
 
   void Forward(const StepBatch& batch, const RowTable&) override {
     Stall();
+    if (config_.fail_every > 0 && ++num_steps_ % config_.fail_every == 0) {
+      for (size_t g = 0; g < slots_.size(); ++g) {
+        for (int32_t t = 0; t < batch.num_tokens; t += 2) At(g, batch.slots[g][t]) = kGarbage;
+      }
+      throw InternalError(StrCat("step ", batch.step_id, " was to fail (fail_every ", config_.fail_every, ")"));
+    }
     for (int32_t t = 0; t < batch.num_tokens; ++t) {
       for (size_t g = 0; g < slots_.size(); ++g) {
         const auto slot = RowSlots(batch, g, batch.token_segment[t]);
@@ -133,7 +139,7 @@ class ChecksumRunner final : public Runner {
   ChecksumConfig config_;
   std::vector<std::vector<uint64_t>> slots_;  // [group][page * page_size + offset]
   uint64_t stall_state_;
-  int64_t num_head_rows_ = 0;
+  int64_t num_head_rows_ = 0, num_steps_ = 0;
 };
 
 class NoopRunner final : public Runner {

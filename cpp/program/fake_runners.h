@@ -20,6 +20,7 @@ struct ChecksumConfig {
   uint64_t stall_seed = 0;      // != 0: random stalls of up to stall_us microseconds around each phase
   int32_t stall_us = 0;
   int32_t bad_every = 0;        // > 0: every bad_every-th head row reports bad logits
+  int32_t fail_every = 0;       // > 0: every fail_every-th step throws, with half of its slots overwritten by garbage
 };
 std::unique_ptr<Runner> MakeChecksumRunner(ChecksumConfig config);
 // What the checksum model says after `tokens`: the oracle, computed from the tokens alone.

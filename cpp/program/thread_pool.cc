@@ -176,6 +176,7 @@ struct ThreadPool::Impl {
   int32_t num_threads = 1;
   int32_t nice = 0;
   int64_t spin_ns = kSpinNs;
+  const pid_t pid = getpid();  // a forked child has this object, but not its threads
   std::vector<std::thread> workers;
 
   // The job. Written by the caller while no job is open and none has joined; read between join and leave.
@@ -278,6 +279,10 @@ ThreadPool::ThreadPool(int32_t num_threads, int32_t nice) : impl_(std::make_uniq
 }
 
 ThreadPool::~ThreadPool() {
+  if (getpid() != impl_->pid) {
+    for (std::thread& w : impl_->workers) w.detach();
+    return;
+  }
   impl_->stop.store(true, std::memory_order_release);
   impl_->epoch.fetch_add(1, std::memory_order_seq_cst);
   FutexWake(&impl_->epoch, 1 << 30);

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from sapwood.errors import CapacityError as CapacityError
+from sapwood.errors import InternalError as InternalError
+
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 
 __version__: str
-
-class InvalidArgument(ValueError): ...
-class CapacityError(RuntimeError): ...
-class InternalError(RuntimeError): ...
 
 # --- cache
 class KvGroup:
@@ -162,6 +161,7 @@ def checksum_runner(
     stall_seed: int = 0,
     stall_us: int = 0,
     bad_every: int = 0,
+    fail_every: int = 0,
 ) -> Runner: ...
 def checksum_next_token(groups: Sequence[KvGroup], vocab_size: int, tokens: Ints) -> int: ...
 def noop_runner(token: int, forward_us: int = 0, head_us: int = 0) -> Runner: ...

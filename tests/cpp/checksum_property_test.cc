@@ -32,7 +32,7 @@ struct Scenario {
   int64_t num_steps;
   int32_t max_tokens;  // of one request
   int32_t pool_tokens;
-  int32_t bad_every = 0;
+  int32_t bad_every = 0, fail_every = 0;
   int64_t fail_allocation = 0;
   int32_t stall_us = 30;
   std::string name;
@@ -41,14 +41,14 @@ struct Scenario {
 struct Stats {  // proof that the run went through what it claims to test
   int64_t steps = 0, tokens = 0, hits = 0, reused_outputs = 0, retracts = 0, drained = 0, blocked = 0, forks = 0;
   int64_t copies = 0, skipped = 0, stale = 0, aborts_in_flight = 0, finished_stop = 0, finished_length = 0, bad = 0;
-  int64_t invalidated = 0, refused = 0, limbo = 0, same_step_hits = 0, waited = 0, fresh_pages = 0;
+  int64_t failed = 0, invalidated = 0, refused = 0, limbo = 0, same_step_hits = 0, waited = 0, fresh_pages = 0;
 
   void Add(const Stats& o) {
     steps += o.steps, tokens += o.tokens, hits += o.hits, reused_outputs += o.reused_outputs;
     retracts += o.retracts, drained += o.drained, blocked += o.blocked, forks += o.forks, copies += o.copies;
     skipped += o.skipped, stale += o.stale, aborts_in_flight += o.aborts_in_flight;
     finished_stop += o.finished_stop, finished_length += o.finished_length, bad += o.bad;
-    invalidated += o.invalidated, refused += o.refused, limbo += o.limbo, same_step_hits += o.same_step_hits;
+    failed += o.failed, invalidated += o.invalidated, refused += o.refused, limbo += o.limbo, same_step_hits += o.same_step_hits;
     waited += o.waited, fresh_pages += o.fresh_pages;
   }
 };
@@ -76,7 +76,8 @@ class Driver {
                                       .vocab_size = kVocab,
                                       .stall_seed = scenario.stall_us > 0 ? scenario.seed | 1 : 0,
                                       .stall_us = scenario.stall_us,
-                                      .bad_every = scenario.bad_every}),
+                                      .bad_every = scenario.bad_every,
+                                      .fail_every = scenario.fail_every}),
                   {.groups = scenario.groups, .max_rows = kMaxRows}) {
     for (const int32_t n : num_pages_) last_used_.emplace_back(n, kNoStep);
     tables_.resize(kMaxRows, std::vector<std::vector<PageId>>(scenario.groups.size()));
@@ -193,6 +194,31 @@ class Driver {
     Check();
   }
 
+  // The step failed: its requests end; what was built on it starts again, at once or when nothing of it runs any more.
+  void TakeFailure(const StepPlan& plan) {
+    SAPWOOD_CHECK(scenario_.fail_every > 0, "a step failed out of nowhere");
+    for (const PlanItem& item : plan.items) {
+      Request* request = by_row_[item.row];
+      if (request == nullptr || builder_.gen(item.row) != item.gen) continue;
+      ++stats_.failed;
+      builder_.Release(request->row, false, true);
+      by_row_[request->row] = nullptr;
+      request->row = -1;
+      Check();
+      End(request);
+    }
+    for (const auto& request : live_) {  // forks of what was to be computed
+      if (request->row >= 0 && builder_.phase(request->row) == RowPhase::kDone) Free(request.get(), false, true);
+    }
+    if (Chance(50)) return RecomputeInvalid();
+    for (const auto& request : live_) {
+      if (request->row < 0 || builder_.valid(request->row)) continue;
+      ++stats_.invalidated;
+      builder_.Pause(request->row);
+      request->paused = request->draining = true;
+    }
+  }
+
   void Free(Request* request, bool keep, bool failed) {
     const int32_t row = request->row;
     stats_.stale += builder_.in_flight(row) > 0;
@@ -287,6 +313,10 @@ class Driver {
     for (const auto& request : live_) {
       if (request->row < 0) continue;
       ++num_running;
+      if (!builder_.valid(request->row)) {
+        newest = request.get();
+        break;
+      }
       if (request->paused) {
         builder_.Resume(request->row);
         request->paused = request->draining = false;
@@ -422,13 +452,16 @@ class Driver {
     results_.pop_front();
     const BuiltStep built = std::move(in_flight_.front());
     in_flight_.pop_front();
-    SAPWOOD_CHECK(result.error.empty(), "step ", result.step_id, " failed: ", result.error);
     SAPWOOD_CHECK(result.step_id == built.plan->step_id, "result out of order");
     SAPWOOD_CHECK(result.num_kv <= built.num_kv, "num_kv is an upper bound");
     for (const ResultItem& item : result.items) stats_.skipped += (item.flags & kSkipped) != 0;
     const Committed committed = builder_.Commit(result);
     retired_ = result.step_id;
     Check();
+    if (!result.error.empty()) {
+      SAPWOOD_CHECK(committed.rows.empty(), "a failed step gave tokens: ", result.error);
+      return TakeFailure(*built.plan);
+    }
     for (size_t i = 0; i < committed.rows.size(); ++i) {
       // An earlier item's failure may have sent this one's request back to waiting.
       Request* request = by_row_[committed.rows[i]];
@@ -534,11 +567,14 @@ std::vector<Scenario> Scenarios(int64_t num_steps) {
                           .max_tokens = size.max_tokens,
                           .pool_tokens = size.pool_tokens,
                           .name = ""};
-        // Every third with failing rows, every fourth without stalls (the executor then keeps up with the loop).
-        if (scenarios.size() % 3 == 1) scenario.bad_every = 61;
+        // A third with failing rows, a third with failing steps (over the kinds in turn), every fourth without stalls
+        // (the executor then keeps up with the loop).
+        const size_t fault = (scenarios.size() + scenarios.size() / 3) % 3;
+        if (fault == 1) scenario.bad_every = 61;
         if (scenarios.size() % 4 == 3) scenario.stall_us = 0;
+        if (fault == 2) scenario.fail_every = 23;
         scenario.name = StrCat("page_size ", size.page_size, " groups ", group_name, " kind ", kind_name, " seed ",
-                            scenario.seed, " bad_every ", scenario.bad_every);
+                            scenario.seed, " bad_every ", scenario.bad_every, " fail_every ", scenario.fail_every);
         scenarios.push_back(std::move(scenario));
       }
     }
@@ -562,7 +598,8 @@ TEST(ChecksumPropertyTest, NoWrongTokenUnderRandomLoad) {
       {"retracted", total.retracts}, {"drained", total.drained}, {"blocked", total.blocked}, {"forked", total.forks},
       {"copied pages", total.copies}, {"skipped items", total.skipped}, {"released in flight", total.stale},
       {"aborted in flight", total.aborts_in_flight}, {"stopped", total.finished_stop},
-      {"length", total.finished_length}, {"bad logits", total.bad}, {"invalidated", total.invalidated},
+      {"length", total.finished_length}, {"bad logits", total.bad}, {"failed", total.failed},
+      {"invalidated", total.invalidated},
       {"extends refused", total.refused}, {"pages in limbo", total.limbo}, {"same-step hits", total.same_step_hits},
       {"waited for a leader", total.waited}, {"fresh pages", total.fresh_pages}};
   for (const auto& [what, count] : seen) {

@@ -245,6 +245,42 @@ def test_bad_logits_end_their_row_alone() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_failing_steps_end_their_requests_and_poison_no_other(page_size: int, seed: int) -> None:
+    """Every 17th step throws with half its KV overwritten, while clients leave and prompts share their beginnings."""
+
+    async def main() -> None:
+        config = settings(page_size=page_size, chunked_prefill_size=48, max_running_requests=4)
+        model = loaded(config, fail_every=17, stall_seed=seed + 1, stall_us=200)
+        rng = random.Random(seed)
+        async with AsyncEngine.from_loaded(model, config) as engine:
+
+            async def client(prompt: list[int]) -> str:
+                stream = engine.generate(prompt, {"max_new_tokens": 10}, stream=True)
+                want, got = expected(model, prompt, 10), []
+                leave_after = rng.randrange(3) if rng.random() < 0.6 else 99
+                async for delta in stream:
+                    got += delta.token_ids
+                    assert got == want[: len(got)]
+                    if delta.finish_reason == FinishReason.ABORT:
+                        assert "step failed" in str(delta.error)
+                        return "failed"
+                    if len(got) > leave_after:
+                        return "left"
+                assert got == want
+                return "done"
+
+            ends = []
+            for _ in range(8):  # later rounds ask again for what earlier ones may have left in the cache
+                asked = prompts(random.Random(seed), 20, 90)
+                ends += await asyncio.gather(*(client(prompt) for prompt in asked))
+            assert min(ends.count(end) for end in ("failed", "left", "done")) >= 3
+            await check_pool(engine)
+
+    run(main())
+
+
 def test_followers_wait_for_their_leader_and_hit() -> None:
     async def main(radix: bool) -> int:
         config = settings(chunked_prefill_size=64, disable_radix_cache=not radix)

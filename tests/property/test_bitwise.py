@@ -20,7 +20,7 @@ from sapwood.config import EngineConfig
 from sapwood.models.loader import load
 
 VOCAB = 331
-PROMPT_LEN = 150  # past two attention tiles of 64, so that chunks cut tiles
+PROMPT_LEN = 300  # past an attention chunk of 256 and into its next tile, so that prefill chunks cut both
 NUM_NEW = 12
 
 CONFIGS = {
