@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from sapwood.errors import CapacityError as CapacityError
-from sapwood.errors import InternalError as InternalError
+import sapwood.errors
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 
 __version__: str
+
+InvalidArgument = sapwood.errors.InvalidRequest
+CapacityError = sapwood.errors.CapacityError
+InternalError = sapwood.errors.InternalError
 
 # --- cache
 class KvGroup:

@@ -27,8 +27,8 @@ def stub_names(text: str) -> dict[str, list[str] | None]:
     for node in ast.parse(text).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found[node.target.id] = None
-        elif isinstance(node, ast.ImportFrom) and node.module == "sapwood.errors":
-            found |= {alias.asname or alias.name: None for alias in node.names}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("sapwood.errors."):
+            found |= {target.id: None for target in node.targets if isinstance(target, ast.Name)}
         elif isinstance(node, ast.FunctionDef):
             found[node.name] = parameters_of(node)
         elif isinstance(node, ast.ClassDef):

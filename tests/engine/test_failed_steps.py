@@ -1,4 +1,4 @@
-"""What a failed step was to compute is nobody's prefix: not of those who come later, not of those launched behind it."""
+"""What a failed step was to compute is nobody's prefix, be they later or launched behind it."""
 
 from __future__ import annotations
 
