@@ -85,6 +85,8 @@ TINY = (
         ),
         legacy=True,
     ),
+    # Llama turns whole heads whatever this factor says.
+    Tiny("llama-partial-ignored", "Llama", _shape(4, 2, 64, **_rope("default", partial_rotary_factor=0.5))),
     Tiny("llama-linear-hd10", "Llama", _shape(6, 3, 60, **_rope("linear", factor=3.0))),
     Tiny("llama-yarn-gqa7-hd40", "Llama", _shape(7, 1, 70, head_dim=40, **_rope("yarn", **YARN)), legacy=True),
     Tiny(

@@ -13,7 +13,10 @@ import pytest
 from sapwood import _core
 from sapwood.config import EngineConfig
 from sapwood.errors import InvalidRequest, UnsupportedModel
+from sapwood.memory import sizing
+from sapwood.models import loader
 from sapwood.models.loader import LoadedModel, load
+from sapwood.program import native
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -117,6 +120,61 @@ def test_a_context_that_was_asked_for_must_fit(model_dir: Path) -> None:
     config = settings(model_dir, max_total_tokens=None, mem_fraction_static=1e-6, context_length=200_000)
     with pytest.raises(InvalidRequest, match=r"context_length=200000 tokens needs .* MiB of KV.*room for \d+ tokens"):
         load(config)
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_a_model_larger_than_the_memory_is_refused(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    if device == "reference":
+        pytest.importorskip("torch")
+    monkeypatch.setattr(sizing, "free_memory_bytes", lambda: 10_000)
+    with pytest.raises(
+        InvalidRequest, match=r"weights in bfloat16 need 0\.\d MiB, but 0\.0 MiB of memory are free; load"
+    ):
+        load(settings(model_dir, device=device))
+
+
+def test_a_pool_larger_than_the_memory_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "free_memory_bytes", lambda: 2**20)
+    with pytest.raises(InvalidRequest, match=r"max_total_tokens=100000 needs .* MiB of KV, but 1\.0 MiB of memory"):
+        load(settings(model_dir, max_total_tokens=100_000))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_weights_that_are_checked_are_those_the_store_takes(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Odd shapes: panels that are not full, an odd number of columns, biases."""
+    odd = {"hidden_size": 33, "intermediate_size": 37, "attention_bias": True, "vocab_size": 101, "head_dim": 6}
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, **odd, "tie_word_embeddings": False}))
+    stores: list[tuple[int, int]] = []
+    fill = loader.fill_store
+
+    def spied(program: Any, store: Any, *args: Any, **how: Any) -> None:
+        fill(program, store, *args, **how)
+        stores.append((store.total_bytes, native.weight_bytes(program)))
+
+    monkeypatch.setattr(loader, "fill_store", spied)
+    loaded(model_dir, dtype=dtype)
+    ((taken, counted),) = stores
+    assert taken == counted > 0
+
+
+def test_a_request_as_long_as_the_pool_runs(model_dir: Path) -> None:
+    """The rope tables reach as far as the pool, not as the context: its last position still has angles."""
+    model = load(settings(model_dir, max_total_tokens=50))
+    assert (model.context_len, model.num_pages) == (256, [4])
+    cache = _core.CacheManager(model.groups, model.num_pages)
+    builder = _core.BatchBuilder(cache, model.max_rows)
+    builder.admit(0, np.arange(3, 67, dtype=np.int32), prompt_len=64, max_len=65, temperature=0.0)
+    builder.begin_step(0)
+    assert builder.add_extend(0, 64) == 64
+    model.executor.submit(builder.end_step().plan)
+    model.executor.wait_idle()
+    results = [payload for kind, _, payload in model.executor.drain() if kind == "result"]
+    assert [(r.error, r.num_tokens) for r in results] == [("", 64)]
+    model.executor.shutdown()
 
 
 def test_all_devices_have_the_same_executor(model_dir: Path) -> None:

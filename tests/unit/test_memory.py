@@ -11,8 +11,9 @@ import pytest
 from sapwood import _core
 from sapwood.config import EngineConfig
 from sapwood.errors import InvalidRequest
+from sapwood.memory import sizing
 from sapwood.memory.prefix_cache import PagePool, make_cache, namespace_id
-from sapwood.memory.sizing import free_memory_bytes, size_pool
+from sapwood.memory.sizing import free_memory_bytes, max_positions, require_free, size_pool
 
 MIB = 2**20
 
@@ -30,7 +31,31 @@ def window(size: int, page_bytes: int = MIB) -> _core.KvGroup:
 
 
 def test_max_total_tokens_decides() -> None:
-    assert size_pool(config(max_total_tokens=100), [full()], context_len=4096, free_bytes=0) == [7]
+    assert size_pool(config(max_total_tokens=100), [full()], context_len=4096, free_bytes=7 * MIB) == [7]
+
+
+def test_a_pool_above_the_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"max_total_tokens=100 needs 7\.0 MiB of KV, but 6\.0 MiB of memory are free; lower --max-total-tokens"
+    with pytest.raises(InvalidRequest, match=message):
+        size_pool(config(max_total_tokens=100), [full()], context_len=4096, free_bytes=6 * MIB)
+    monkeypatch.setattr(sizing, "free_memory_bytes", lambda: 6 * MIB)
+    with pytest.raises(InvalidRequest, match=message):
+        size_pool(config(max_total_tokens=100), [full()], context_len=4096)
+
+
+def test_what_is_needed_is_compared_with_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "free_memory_bytes", lambda: 6 * MIB)
+    require_free(6 * MIB, "these", "wait", "model")
+    with pytest.raises(InvalidRequest, match=r"these need 6\.5 MiB, but 6\.0 MiB of memory are free; wait") as caught:
+        require_free(13 * MIB // 2, "these", "wait", "model")
+    assert caught.value.param == "model"
+
+
+def test_the_longest_request_by_the_pool() -> None:
+    assert max_positions([full()], [5], 1000) == 80
+    assert max_positions([full()], [5], 70) == 70
+    assert max_positions([full(), window(32)], [5, 1], 1000) == 80
+    assert max_positions([window(32)], [5], 1000) == 1000  # a window moves on: no bound
 
 
 def test_a_share_of_free_memory_but_no_more_than_useful() -> None:
@@ -56,7 +81,7 @@ def test_too_little_memory_is_refused_with_numbers() -> None:
     with pytest.raises(InvalidRequest, match="context_length=4000.*250.0 MiB"):
         size_pool(config(context_length=4000), [full()], context_len=4000, free_bytes=100 * MIB)
     with pytest.raises(InvalidRequest, match="--max-total-tokens"):
-        size_pool(config(max_total_tokens=2**40), [full()], context_len=4096)
+        size_pool(config(max_total_tokens=2**32), [full(page_size=1)], context_len=4096)
 
 
 def test_free_memory_is_cut_by_the_cgroup(tmp_path: Path) -> None:

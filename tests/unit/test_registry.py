@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sapwood.errors import InvalidRequest, UnsupportedModel
+from sapwood.layers.rotary import inv_freq
 from sapwood.models import hub, registry
 from sapwood.models.config import DecoderConfig, HfConfig, eos_token_ids, generation_defaults
 from sapwood.models.registry import ModelFamily
+from sapwood.request import SamplingParams
+
+YARN = {"type": "yarn", "factor": 2.0}
+LONGROPE = {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+LONGROPE2 = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
 
 
 def raw(family: str = "Llama", **fields: Any) -> HfConfig:
@@ -195,7 +203,12 @@ def test_yarn_lengthens_the_context() -> None:
             {"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e6}}},
             "differ by layer type",
         ),
-        ({"head_dim": 10, "partial_rotary_factor": 0.5}, "turns 5 dimensions"),
+        ({"head_dim": 9}, "turns 9 dimensions"),
+        ({"head_dim": 2**17}, "head_dim 131072 is not supported; supported: at most 65536"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor 0.5 with rope type 'linear' is not supported for LlamaForCausalLM",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: 'silu'"),
         ({"mlp_bias": True}, "mlp_bias true is not supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\) is not supported"),
@@ -221,11 +234,80 @@ def test_unsupported_features_are_named(fields: dict[str, Any], message: str) ->
         ({"rope_scaling": [1]}, "rope_scaling must be an object"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ({"architectures": []}, "architectures must be a list of one name"),
+        ({"vocab_size": 2**31}, "vocab_size must be an integer <= 2147483647, got 2147483648"),
+        ({"hidden_size": 1e300}, "hidden_size must be an integer <= 2147483647"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number, got 1000"),
+        ({"rope_theta": 1.0}, "rope_theta must be above 1, got 1.0"),
+        ({"rope_scaling": {**YARN, "beta_fast": -3}}, "beta_fast must be a positive number, got -3"),
+        ({"rope_scaling": {**YARN, "beta_slow": "x"}}, "beta_slow must be a positive number, got 'x'"),
+        ({"rope_scaling": {**YARN, "mscale": [1]}}, "mscale must be a positive number"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1e308}}, "yarn rope's fields give no finite frequencies.*beta_fast"),
+        ({"rope_scaling": {**YARN, "factor": 1e300}}, "yarn's factor 1e\\+300 .*at most 2147483647 tokens"),
+        (
+            {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 1}},
+            "original_max_position_embeddings must be at least 2 for longrope, got 1",
+        ),
+        (
+            {"rope_scaling": {**LONGROPE, "short_factor": [10**400] * 4}},
+            "short_factor must list 4 positive numbers, got 4 entries",
+        ),
     ],
 )
 def test_bad_fields_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         configure(**fields)
+
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
+MINIMAL = {"hidden_size": 512, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 32,
+           "vocab_size": 40000}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sliding_window": None},
+        {"use_sliding_window": True, "max_window_layers": 1},
+        {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": None},
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_absent_keys_have_the_defaults_of_transformers(family: str, fields: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, f"{family}Config")(**MINIMAL, **copy.deepcopy(fields))
+    values = {"architectures": [f"{family}ForCausalLM"], **MINIMAL, **fields}
+    ours = registry.resolve(f"{family}ForCausalLM").configure(HfConfig(values, Path("config.json")))
+    assert ours.norm_eps == theirs.rms_norm_eps and theirs.hidden_act == "silu"
+    assert ours.tied == theirs.tie_word_embeddings
+    assert ours.context_len == theirs.max_position_embeddings
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == head_dim
+    assert ours.o_bias == getattr(theirs, "attention_bias", False)
+    assert ours.qkv_bias == (family == "Qwen2" or getattr(theirs, "attention_bias", False))
+    assert ours.rope.kind == theirs.rope_parameters["rope_type"] == "default"
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    rotary = getattr(transformers.models, family.lower())
+    rotary = getattr(getattr(rotary, f"modeling_{family.lower()}"), f"{family}RotaryEmbedding")
+    np.testing.assert_allclose(inv_freq(ours.rope), rotary(theirs).inv_freq.numpy(), rtol=1e-5)
+    window = getattr(theirs, "sliding_window", None) or 0
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 3
+    assert ours.layer_windows == tuple(window if t == "sliding_attention" else 0 for t in types)
+
+
+def test_longrope_of_phi3_has_the_defaults_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    fields = {"max_position_embeddings": 16384, "rope_parameters": {"rope_theta": 1e4, **LONGROPE2}}
+    theirs = transformers.Phi3Config(**MINIMAL, **copy.deepcopy(fields))
+    ours = registry.resolve("Phi3ForCausalLM").configure(
+        HfConfig({"architectures": ["Phi3ForCausalLM"], **MINIMAL, **fields}, Path("config.json"))
+    )
+    assert ours.rope.original_max_position == theirs.rope_parameters["original_max_position_embeddings"] == 4096
+    assert ours.rope.factor == 4.0
 
 
 # --- generation_config.json and files
@@ -240,6 +322,10 @@ def test_eos_ids_come_from_both_files() -> None:
     assert ids(2, None) == (2,) and ids(None, [9, 3]) == (3, 9) and ids([2, 5], 5) == (2, 5) and ids(None, None) == ()
     with pytest.raises(InvalidRequest, match="g: eos_token_id must be token ids"):
         ids(2, ["</s>"])
+    assert ids(2.0, [-1, 3.0]) == (2, 3) and ids(-1, None) == ()
+    for bad in (-2, 2.5, True, 2**31, 10**400, float("nan")):
+        with pytest.raises(InvalidRequest, match="c: eos_token_id must be token ids"):
+            ids(bad, None)
 
 
 def test_generation_defaults() -> None:
@@ -255,10 +341,32 @@ def test_generation_defaults() -> None:
     assert defaults() == {} and defaults(temperature=None, top_k="x") == {}
 
 
+def test_generation_defaults_no_request_could_have_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    def defaults(**values: Any) -> dict[str, Any]:
+        caplog.clear()
+        return generation_defaults(HfConfig(values, Path("g")))
+
+    assert defaults(top_k=50.0, temperature=0, min_p=0, top_p=1) == {
+        "top_k": 50,
+        "temperature": 0,
+        "min_p": 0,
+        "top_p": 1,
+    }
+    assert type(defaults(top_k=50.0)["top_k"]) is int and not caplog.records
+    for name, value in (
+        ("top_p", 0.0), ("top_p", 1.1), ("temperature", -1.0), ("temperature", float("nan")), ("temperature", 10**400),
+        ("top_k", 2**31), ("top_k", 0.5), ("top_k", True), ("min_p", -0.1), ("min_p", "x"),
+    ):  # fmt: skip
+        assert defaults(**{name: value}) == {}
+        assert f"g: {name} must be" in caplog.text
+    # What is kept is what a request can have.
+    SamplingParams(**defaults(top_k=-1, temperature=5, min_p=1))
+
+
 def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="not found: a model directory holds config.json"):
         HfConfig.read(tmp_path / "config.json")
-    for content in (b"{", b"\xff\xfe", b"[]"):
+    for content in (b"{", b"\xff\xfe", b"[]", b"[" * 100_000, b'{"vocab_size": ' + b"9" * 5000 + b"}"):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(InvalidRequest, match="config.json"):
             HfConfig.read(tmp_path / "config.json")

@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 
 from sapwood.errors import InvalidRequest, UnsupportedModel
-from sapwood.layers.rotary import RopeConfig
+from sapwood.layers.rotary import RopeConfig, RopeTable, rope_tables
 from sapwood.models.config import DecoderConfig
 from sapwood.models.decoder import record_decoder
 from sapwood.models.weights import (
     INDEX_NAME,
     Checkpoint,
     SafetensorsFile,
+    fill_rope_tables,
     fill_store,
     resolve_dtype,
+    rope_table_bytes,
+    rope_table_slots,
     round_to_bfloat16,
     slot_array,
 )  # fmt: skip
@@ -95,7 +98,14 @@ def test_reads_names_shapes_and_bytes(tmp_path: Path) -> None:
         (pack({"a": A}, a={"data_offsets": [1, 49]}), "truncated or corrupt"),
         (pack({"a": A})[:-1], "truncated or corrupt"),
         (pack({"a": A}, a={"shape": [3, 5]}), "needs 60 bytes, got 48"),
-        (pack({"a": A}, a={"shape": [2**40, 2**40]}), "bytes, got 48"),
+        (pack({"a": A}, a={"shape": [12, 12]}), "needs 576 bytes, got 48"),
+        (pack({"a": A}, a={"shape": [2**40, 2**40]}), r"of shape \[1099511627776, .* none above the file's \d+ bytes"),
+        (pack({"a": A}, a={"shape": [0, 2**40], "data_offsets": [0, 0]}), "none above the file's"),
+        (pack({"a": A}, a={"shape": [10**300] * 64}), "none above the file's"),
+        (pack({"a": A}, a={"shape": [1] * 65}), "at most 64 dimensions"),
+        (pack({}, raw_header='{"a": ' + "9" * 5000 + "}"), "not valid JSON"),
+        (pack({"a": A}, a={"data_offsets": [0, 10**4000]}), "truncated or corrupt"),
+        (pack({}, raw_header='{"a": {"dtype": ' + "[" * 200 + "]" * 200 + "}}"), "needs dtype, shape"),
         (pack({"a": A}, a={"dtype": "F31"}), "unknown dtype"),
         (pack({"a": A, "b": A}, b={"data_offsets": [24, 72]}), "overlaps"),
     ],
@@ -178,7 +188,7 @@ def test_refuses_duplicates_and_empty_folders(tmp_path: Path) -> None:
 # --- against a program
 
 
-def tiny_program(act: Any = "float32", **changes: Any) -> Program:
+def tiny_program(act: Any = "float32", rope: RopeConfig | None = None, **changes: Any) -> Program:
     config = DecoderConfig(
         vocab_size=20,
         hidden=8,
@@ -188,7 +198,7 @@ def tiny_program(act: Any = "float32", **changes: Any) -> Program:
         num_kv_heads=1,
         head_dim=4,
         norm_eps=1e-5,
-        rope=RopeConfig("default", 1e4, 4),
+        rope=rope or RopeConfig("default", 1e4, 4),
         layer_windows=(0,),
         context_len=16,
         tied=True,
@@ -288,6 +298,8 @@ def test_fill_hands_over_the_right_bytes(tmp_path: Path, dtype: str, pad: int) -
     assert checkpoint.tensors["model.norm.weight"].offset % 4 == pad
     store, seen = RecordingStore(), []
     fill_store(program, store, checkpoint, progress=lambda done, total: seen.append((done, total)))  # type: ignore[arg-type]
+    assert set(store.filled) == {s.id for s in program.slots} - {s.id for s in rope_table_slots(program)}
+    fill_rope_tables(program, store, 16)  # type: ignore[arg-type]
     assert set(store.filled) == {s.id for s in program.slots}
     assert seen[-1][0] == seen[-1][1] and seen == sorted(seen)
     for slot in program.slots:
@@ -323,11 +335,33 @@ def test_dummy_needs_no_files() -> None:
     program = tiny_program(qkv_bias=True)
     store = RecordingStore()
     fill_store(program, store, None)  # type: ignore[arg-type]
+    fill_rope_tables(program, store, 16)  # type: ignore[arg-type]
     names = {s.name: store.filled[s.id] for s in program.slots}
     np.testing.assert_array_equal(names["layers.0.mlp_norm.w"][1], np.ones((8, 1)))
     np.testing.assert_array_equal(names["layers.0.qkv.bias"][1], np.zeros((16, 1)))
     assert names["layers.0.qkv.w"][1] is None and names["layers.0.qkv.w"][2] == pytest.approx((3 / 8) ** 0.5)
     assert names["rope.cos"][1] is not None
+
+
+def test_rope_tables_are_filled_as_far_as_a_request_can_reach() -> None:
+    """longrope's second mode begins where the first, shortened, ends; nothing of the tables stays with the program."""
+    factors = {"short_factor": (1.0, 1.5), "long_factor": (2.0, 3.0)}
+    rope = RopeConfig("longrope", 1e4, 4, factor=2.0, original_max_position=8, **factors)
+    program = tiny_program(rope=rope)
+    store = RecordingStore()
+    fill_rope_tables(program, store, 5)  # type: ignore[arg-type]
+    assert rope_table_bytes(program, 5) == 2 * (2 * 5) * 2 * 4
+    whole = dict(zip(("rope.cos", "rope.sin"), rope_tables(rope, 16), strict=True))
+    for slot in rope_table_slots(program):
+        filled = store.filled[slot.id][1]
+        assert filled is not None and filled.shape == (10, 2) and slot.shape == (32, 2)
+        np.testing.assert_array_equal(filled[:5], whole[slot.name][:5])
+        np.testing.assert_array_equal(filled[5:], whole[slot.name][16:21])
+        part = slot.parts[0]
+        assert isinstance(part, RopeTable) and part.array.base is not None and part.array.strides == (0, 0)
+        np.testing.assert_array_equal(slot_array(slot, None, "float32"), whole[slot.name])
+    fill_rope_tables(program, store, 1000)  # type: ignore[arg-type]
+    assert store.filled[rope_table_slots(program)[0].id][1].shape == (32, 2)  # type: ignore[union-attr]
 
 
 def test_bfloat16_rounds_to_nearest_even() -> None:

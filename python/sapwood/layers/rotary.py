@@ -130,9 +130,41 @@ def attention_factor(rope: RopeConfig) -> float:
     return 1.0
 
 
-def rope_tables(rope: RopeConfig, context_len: int) -> tuple[F32, F32]:
-    """cos and sin of every position below context_len in every mode: [num_modes * context_len, rotary_dim / 2]."""
-    modes = rope.num_modes(context_len)
+@dataclasses.dataclass(frozen=True, eq=False)
+class RopeTable(ArrayPart):
+    """One of the two tables, computed when its slot is filled and not kept.
+
+    array   NaN of the table's shape that takes no memory: what the recorder's checks of shapes look at. `values` has
+            the numbers.
+    """
+
+    rope: RopeConfig
+    context_len: int
+    which: Literal["cos", "sin"]
+
+    @classmethod
+    def of(cls, rope: RopeConfig, context_len: int, which: Literal["cos", "sin"]) -> RopeTable:
+        shape = (rope.num_modes(context_len) * context_len, rope.rotary_dim // 2)
+        return cls(np.broadcast_to(np.float32(math.nan), shape), rope, context_len, which)
+
+    def values(self, num_positions: int | None = None) -> F32:
+        """[num_modes * n, rotary_dim / 2], mode by mode; n = the first num_positions positions, None = all."""
+        n = self.context_len if num_positions is None else min(num_positions, self.context_len)
+        cos, sin = rope_tables(self.rope, n, num_modes=self.rope.num_modes(self.context_len))
+        return cos if self.which == "cos" else sin
+
+    def num_bytes(self, num_positions: int) -> int:
+        """Bytes of `values`."""
+        n = min(num_positions, self.context_len)
+        return 4 * self.rope.num_modes(self.context_len) * n * (self.rope.rotary_dim // 2)
+
+
+def rope_tables(rope: RopeConfig, context_len: int, *, num_modes: int | None = None) -> tuple[F32, F32]:
+    """cos and sin of every position below context_len in every mode: [num_modes * context_len, rotary_dim / 2].
+
+    num_modes   None = those that requests of context_len tokens can have
+    """
+    modes = rope.num_modes(context_len) if num_modes is None else num_modes
     shape = (modes * context_len, rope.rotary_dim // 2)
     cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
     factor = attention_factor(rope)
@@ -155,8 +187,8 @@ def rope_tables(rope: RopeConfig, context_len: int) -> tuple[F32, F32]:
 
 def rope_slots(rec: Recorder, rope: RopeConfig, context_len: int) -> RopeSlots:
     """The two slots that every layer's `qkv` node shares."""
-    cos, sin = rope_tables(rope, context_len)
+    cos, sin = RopeTable.of(rope, context_len, "cos"), RopeTable.of(rope, context_len, "sin")
     return RopeSlots(
-        rec.slot("rope.cos", "f32", [ArrayPart(cos)]), rec.slot("rope.sin", "f32", [ArrayPart(sin)]), rope.rotary_dim,
+        rec.slot("rope.cos", "f32", [cos]), rec.slot("rope.sin", "f32", [sin]), rope.rotary_dim,
         rope.num_modes(context_len),
     )  # fmt: skip

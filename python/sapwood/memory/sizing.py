@@ -55,6 +55,26 @@ def free_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/c
     return available
 
 
+def require_free(num_bytes: int, what: str, remedy: str, param: str) -> None:
+    """InvalidRequest, with both numbers, where num_bytes are more than the free memory.
+
+    Asked before the memory is touched: Linux grants it without having it and kills the process later.
+    """
+    free = free_memory_bytes()
+    if num_bytes > free:
+        raise InvalidRequest(
+            f"{what} need {num_bytes / 2**20:.1f} MiB, but {free / 2**20:.1f} MiB of memory are free; {remedy}", param
+        )
+
+
+def max_positions(groups: Sequence[_core.KvGroup], num_pages: Sequence[int], context_len: int) -> int:
+    """Tokens the longest request can reach: no more than a group that keeps all tokens has room for. Windows are left
+    behind, so a pool of windows alone bounds nothing.
+    """
+    room = [n * g.page_size for g, n in zip(groups, num_pages, strict=True) if g.kind != "window"]
+    return min([context_len, *room])
+
+
 def window_pages(group: _core.KvGroup, config: EngineConfig, full_pages: int) -> int:
     """Pages of a window group beside a full group of full_pages.
 
@@ -72,13 +92,13 @@ def size_pool(
 
     max_total_tokens decides where it is given; otherwise mem_fraction_static of the free memory (free_bytes; None = ask
     the system), yet never more than every row's full context. Raises InvalidRequest with the numbers where not even one
-    page and a token fit.
+    page and a token fit, or the pool asked for is more than is free.
     """
     page_size = groups[0].page_size
+    free = free_memory_bytes() if free_bytes is None else free_bytes
     if config.max_total_tokens is not None:
         full_pages = -(-config.max_total_tokens // page_size)
     else:
-        free = free_memory_bytes() if free_bytes is None else free_bytes
         useful = config.max_running_requests * -(-context_len // page_size)
         budget = int(free * config.mem_fraction_static)
         full_pages = min(useful, MAX_PAGES)
@@ -115,6 +135,14 @@ def size_pool(
         raise InvalidRequest(
             f"max_total_tokens={config.max_total_tokens} is {full_pages} pages of {page_size} tokens, at most "
             f"{MAX_PAGES} are possible; lower --max-total-tokens",
+            "max_total_tokens",
+        )
+    needed = _bytes(config, groups, full_pages)
+    if config.max_total_tokens is not None and needed > free:
+        raise InvalidRequest(
+            f"max_total_tokens={config.max_total_tokens} needs {needed / 2**20:.1f} MiB of KV, but "
+            f"{free / 2**20:.1f} MiB of memory are free; lower --max-total-tokens, or leave it out to have the pool "
+            "sized by what is free",
             "max_total_tokens",
         )
     return _pages(config, groups, full_pages)

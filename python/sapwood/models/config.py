@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from sapwood.errors import InvalidRequest, UnsupportedModel
-from sapwood.layers.rotary import ROPE_KINDS, RopeConfig, RopeKind
+from sapwood.layers.rotary import ROPE_KINDS, RopeConfig, RopeKind, attention_factor, inv_freq
 
+log = logging.getLogger(__name__)
+
+MAX_INT = 2**31 - 1  # sizes and token ids are int32 in the core
+MAX_HEAD_DIM = 2**16
 # Names in configs for one kind; "su" was longrope's first name, "mrope" on text alone would be default but is refused.
 _ROPE_ALIASES = (("su", "longrope"), ("none", "default"))
 _MISSING: Any = object()
@@ -36,27 +42,36 @@ class HfConfig:
             raise InvalidRequest(
                 f"{path} not found: a model directory holds config.json and *.safetensors", "model"
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number too long
             raise InvalidRequest(f"{path} cannot be read as JSON: {error}", "model") from None
         if not isinstance(values, dict):
             raise InvalidRequest(f"{path} must hold a JSON object, got {type(values).__name__}", "model")
         return cls(values, path)
 
+    def filled(self, **defaults: Any) -> HfConfig:
+        """With a family's defaults for the keys that are absent. A key that is there with null stays null: Hugging
+        Face's configs tell the two apart (sliding_window null is no window).
+        """
+        return HfConfig({**defaults, **self.values}, self.path)
+
     def integer(self, name: str, default: Any = _MISSING, *, low: int = 1) -> int:
-        """An integer of at least `low`. Absent or null: the default, else InvalidRequest."""
+        """An integer of at least `low` and below 2**31. Absent or null: the default, else InvalidRequest."""
         value = self._get(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InvalidRequest(f"{self.path}: {name} must be an integer >= {low}, got {value!r}", "model")
+            raise InvalidRequest(f"{self.path}: {name} must be an integer >= {low}, got {value!r:.80}", "model")
+        if value > MAX_INT:
+            raise InvalidRequest(f"{self.path}: {name} must be an integer <= {MAX_INT}, got {value!r:.80}", "model")
         return value
 
     def number(self, name: str, default: Any = _MISSING) -> float:
-        """A positive number."""
+        """A positive, finite number."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise InvalidRequest(f"{self.path}: {name} must be a positive number, got {value!r}", "model")
-        return float(value)
+        number = _finite(value)
+        if number is None or number <= 0:
+            raise InvalidRequest(f"{self.path}: {name} must be a positive number, got {value!r:.80}", "model")
+        return number
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self._get(name, default)
@@ -91,6 +106,16 @@ class HfConfig:
                 raise InvalidRequest(f"{self.path}: {name} is missing", "model")
             return default
         return value
+
+
+def _finite(value: Any) -> float | None:
+    """A JSON number as a float; None for what is none, or beyond a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +155,19 @@ class DecoderConfig:
 
 
 def decoder_config(
-    raw: HfConfig, *, windows: WindowRule = "none", default_head_dim: int | None = None, **family: bool
+    raw: HfConfig,
+    *,
+    windows: WindowRule = "none",
+    default_head_dim: int | None = None,
+    partial_rotary: bool = False,
+    **family: bool,
 ) -> DecoderConfig:
-    """What the families share. `windows`: how their configs say windows; `family`: their own flags (qk_norm,
-    fused_qkv, ...).
+    """What the families share.
+
+    raw              `filled` with the family's defaults
+    windows          how the family's configs say windows
+    partial_rotary   the family reads partial_rotary_factor
+    family           its own flags (qk_norm, fused_qkv, ...)
 
     Raises InvalidRequest for a missing or wrong field, UnsupportedModel for one whose value this version does not have.
     """
@@ -145,15 +179,26 @@ def decoder_config(
             f"{raw.path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}; set head_dim", "model"
         )
     head_dim = raw.integer("head_dim", default_head_dim or hidden // heads)
+    if head_dim > MAX_HEAD_DIM:
+        raise UnsupportedModel(
+            f"{raw.path}: head_dim {head_dim} is not supported; supported: at most {MAX_HEAD_DIM}", "head_dim"
+        )
     if heads % kv_heads:
         raise InvalidRequest(
             f"{raw.path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}", "model"
         )
     num_layers = raw.integer("num_hidden_layers")
-    rope = rope_config(raw, head_dim)
+    rope = rope_config(raw, head_dim, partial_rotary=partial_rotary)
     context_len = raw.integer("max_position_embeddings")
     if rope.kind == "yarn":  # Qwen's recipe adds yarn without raising max_position_embeddings
-        context_len = max(context_len, int(rope.original_max_position * rope.factor))
+        stretched = rope.original_max_position * rope.factor
+        if stretched > MAX_INT:
+            raise InvalidRequest(
+                f"{raw.path}: yarn's factor {rope.factor} times original_max_position_embeddings "
+                f"{rope.original_max_position} must be a context of at most {MAX_INT} tokens, got {stretched:.3g}",
+                "model",
+            )
+        context_len = max(context_len, int(stretched))
     return DecoderConfig(
         vocab_size=raw.integer("vocab_size"),
         hidden=hidden,
@@ -220,8 +265,12 @@ def layer_windows(raw: HfConfig, num_layers: int, rule: WindowRule) -> tuple[int
     return windows
 
 
-def rope_config(raw: HfConfig, head_dim: int) -> RopeConfig:
-    """The rotation, from `rope_scaling` + `rope_theta` or from the newer `rope_parameters`."""
+def rope_config(raw: HfConfig, head_dim: int, *, partial_rotary: bool = False) -> RopeConfig:
+    """The rotation, from `rope_scaling` + `rope_theta` or from the newer `rope_parameters`.
+
+    Families without partial_rotary turn whole heads, whatever partial_rotary_factor says: so does Hugging Face for
+    the default rope, and for a scaled one it cannot run such a checkpoint at all.
+    """
     fields = _rope_fields(raw)
     kind = str(fields.values.get("rope_type") or fields.values.get("type") or "default")
     kind = dict(_ROPE_ALIASES).get(kind, kind)
@@ -231,15 +280,39 @@ def rope_config(raw: HfConfig, head_dim: int) -> RopeConfig:
             f"{raw.path}: rope type {kind!r} is not supported{hint}; supported: {', '.join(ROPE_KINDS)}", "rope_scaling"
         )
     theta = fields.number("rope_theta", raw.number("rope_theta", 10000.0))
+    if theta <= 1:
+        raise InvalidRequest(f"{raw.path}: rope_theta must be above 1, got {theta}", "model")
     partial = fields.number("partial_rotary_factor", raw.number("partial_rotary_factor", 1.0))
-    rotary_dim = int(head_dim * partial)
+    if partial != 1 and not partial_rotary:
+        if kind != "default":
+            raise UnsupportedModel(
+                f"{raw.path}: partial_rotary_factor {partial} with rope type {kind!r} is not supported for "
+                f"{raw.architecture}; supported: 1.0",
+                "partial_rotary_factor",
+            )
+        log.info("%s: partial_rotary_factor %s is not used by %s", raw.path, partial, raw.architecture)
+        partial = 1.0
+    rotary_dim = int(min(head_dim * partial, MAX_INT))
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise UnsupportedModel(
             f"{raw.path}: head_dim {head_dim} with partial_rotary_factor {partial} turns {rotary_dim} dimensions "
             "of a head; supported: an even number, at most head_dim",
             "head_dim",
         )
-    return _scaled_rope(raw, fields, kind, theta, rotary_dim)
+    rope = _scaled_rope(raw, fields, kind, theta, rotary_dim)
+    try:
+        finite = math.isfinite(attention_factor(rope)) and all(
+            bool((abs(inv_freq(rope, mode)) < math.inf).all()) for mode in range(2 if kind == "longrope" else 1)
+        )
+    except (ArithmeticError, ValueError):  # what is left: numbers whose products leave the range of a float
+        finite = False
+    if not finite:
+        raise InvalidRequest(
+            f"{raw.path}: the {kind} rope's fields give no finite frequencies: "
+            f"{ {k: v for k, v in fields.values.items() if not isinstance(v, list)}!r:.200}",
+            "model",
+        )
+    return rope
 
 
 def _rope_fields(raw: HfConfig) -> HfConfig:
@@ -263,6 +336,10 @@ def _scaled_rope(raw: HfConfig, fields: HfConfig, kind: RopeKind, theta: float, 
     original = raw.integer(
         "original_max_position_embeddings", fields.integer("original_max_position_embeddings", max_position)
     )
+    if kind == "longrope" and original < 2:
+        raise InvalidRequest(
+            f"{raw.path}: original_max_position_embeddings must be at least 2 for longrope, got {original}", "model"
+        )
     stretch = fields.number("factor", max_position / original) if kind in ("yarn", "longrope") else None
     given = fields.values.get("attention_factor")
     match kind:
@@ -293,10 +370,10 @@ def _scaled_rope(raw: HfConfig, fields: HfConfig, kind: RopeKind, theta: float, 
                 factor=stretch or 1.0,
                 original_max_position=original,
                 attention_factor=None if given is None else fields.number("attention_factor"),
-                beta_fast=float(fields.values.get("beta_fast") or 32.0),
-                beta_slow=float(fields.values.get("beta_slow") or 1.0),
-                mscale=float(fields.values.get("mscale") or 0.0),
-                mscale_all_dim=float(fields.values.get("mscale_all_dim") or 0.0),
+                beta_fast=_number_or_zero(fields, "beta_fast") or 32.0,
+                beta_slow=_number_or_zero(fields, "beta_slow") or 1.0,
+                mscale=_number_or_zero(fields, "mscale"),
+                mscale_all_dim=_number_or_zero(fields, "mscale_all_dim"),
                 truncate=fields.flag("truncate", True),
             )
         case "longrope":
@@ -312,39 +389,59 @@ def _scaled_rope(raw: HfConfig, fields: HfConfig, kind: RopeKind, theta: float, 
             )
 
 
+def _number_or_zero(fields: HfConfig, name: str) -> float:
+    """A positive number; 0 where it is absent, null or 0, which all mean the default here."""
+    value = fields.values.get(name)
+    return 0.0 if value is None or (value == 0 and not isinstance(value, bool)) else fields.number(name)
+
+
 def _factors(fields: HfConfig, name: str, count: int) -> tuple[float, ...]:
     value: Any = fields.values.get(name)
-    good = isinstance(value, list) and all(
-        isinstance(f, (int, float)) and not isinstance(f, bool) and f > 0 for f in value
-    )
+    good = isinstance(value, list) and all((_finite(f) or 0.0) > 0 for f in value)
     if not good or len(value) != count:
-        got = f"{len(value)} entries" if isinstance(value, list) else repr(value)
+        got = f"{len(value)} entries" if isinstance(value, list) else f"{value!r:.80}"
         raise InvalidRequest(f"{fields.path}: {name} must list {count} positive numbers, got {got}", "model")
     return tuple(float(f) for f in value)
 
 
 def eos_token_ids(raw: HfConfig, generation: HfConfig) -> tuple[int, ...]:
-    """Every id that ends a text, by config.json or generation_config.json (each an id or a list), ascending."""
+    """Every id that ends a text, by config.json or generation_config.json (each an id or a list), ascending.
+
+    -1 is how some checkpoints say "none" and is skipped; 2.0 is 2.
+    """
     ids: set[int] = set()
     for source in (raw, generation):
         value = source.values.get("eos_token_id")
         for i in value if isinstance(value, list) else [] if value is None else [value]:
-            if isinstance(i, bool) or not isinstance(i, int) or i < 0:
-                raise InvalidRequest(f"{source.path}: eos_token_id must be token ids, got {value!r}", "model")
-            ids.add(i)
+            number = _finite(i)
+            if number is None or not number.is_integer() or not -1 <= number <= MAX_INT:
+                raise InvalidRequest(f"{source.path}: eos_token_id must be token ids, got {value!r:.80}", "model")
+            if number >= 0:
+                ids.add(int(number))
     return tuple(sorted(ids))
 
 
 def generation_defaults(generation: HfConfig) -> dict[str, float | int]:
     """The sampling settings generation_config.json recommends, by the names of SamplingParams; {} where it is silent.
 
-    do_sample false with no temperature means greedy: temperature 0.
+    do_sample false with no temperature means greedy: temperature 0. A value no request could have is left out, with a
+    logged note: nobody asked for it, and as a default it would fail every request.
     """
     out: dict[str, float | int] = {}
-    for name in ("temperature", "top_p", "top_k", "min_p"):
+    for name, allowed, wanted in (
+        ("temperature", lambda v: v >= 0, "a number >= 0"),
+        ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
+        ("top_k", lambda v: v.is_integer() and -1 <= v <= MAX_INT, "an integer >= -1 below 2**31"),
+        ("min_p", lambda v: 0 <= v <= 1, "in [0, 1]"),
+    ):
         value = generation.values.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            out[name] = value
+        if value is None:
+            continue
+        number = _finite(value)
+        if number is None or not allowed(number):
+            log.warning("%s: %s must be %s, got %.80r: not used", generation.path, name, wanted, value)
+            continue
+        out[name] = int(number) if name == "top_k" else number
     if generation.values.get("do_sample") is False:
         out["temperature"] = 0.0
     return out

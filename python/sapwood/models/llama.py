@@ -9,6 +9,7 @@ from sapwood.models.registry import ModelFamily
 
 def configure(raw: HfConfig) -> DecoderConfig:
     """attention_bias puts a bias on all four attention projections."""
+    raw = raw.filled(max_position_embeddings=2048)
     bias = raw.flag("attention_bias")
     return decoder_config(raw, qkv_bias=bias, o_bias=bias)
 

@@ -8,16 +8,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sapwood import _core
 from sapwood.config import EngineConfig
-from sapwood.memory.sizing import size_pool
+from sapwood.memory.sizing import max_positions, require_free, size_pool
 from sapwood.models import hub, registry
 from sapwood.models.config import HfConfig, eos_token_ids, generation_defaults
-from sapwood.models.weights import Checkpoint, fill_store, resolve_dtype, slot_array
+from sapwood.models.weights import (
+    Checkpoint,
+    fill_rope_tables,
+    fill_store,
+    resolve_dtype,
+    rope_table_bytes,
+    slot_array,
+)
 from sapwood.program import native
 from sapwood.program.ir import ActDType, Program
 
@@ -122,8 +130,20 @@ def _start(
             groups = native.kv_groups(program, config.page_size)
             native.resolve_isa(config)  # a wrong level is cheaper to hear of before gigabytes are read
             store = _core.WeightStore(program.act, len(program.slots))
-            fill_store(program, store, checkpoint, num_threads=config.num_threads or 0, progress=progress)
+            num_threads = config.num_threads or 0
+            _require_room(native.weight_bytes(program), program)
+            fill_store(program, store, checkpoint, num_threads=num_threads, progress=progress)
             num_pages = size_pool(config, groups, context_len=context_len)
+            # Sized after the pool, which leaves 1 - mem_fraction_static of the memory to such as these: a token's
+            # angles are a hundredth of its KV.
+            positions = max_positions(groups, num_pages, context_len)
+            require_free(
+                rope_table_bytes(program, positions),
+                f"the rope tables of {positions} positions",
+                "lower --context-length, or free memory",
+                "context_length",
+            )
+            fill_rope_tables(program, store, positions, num_threads=num_threads)
             runner: Any = native.make_runner(
                 program,
                 native.lower(program),
@@ -139,6 +159,7 @@ def _start(
             from sapwood.program import reference  # torch: seconds to import, and not installed to serve
 
             groups = _reference_groups(program, config.page_size)
+            _require_room(sum(4 * math.prod(slot.shape) for slot in program.slots), program)
             num_pages = size_pool(config, groups, context_len=context_len)
             runner = reference.ReferenceModel(
                 program, lambda slot: slot_array(slot, checkpoint, program.act), num_pages, config.page_size
@@ -154,6 +175,15 @@ def _start(
             from sapwood.program import cuda
 
             cuda.make_executor(program)
+
+
+def _require_room(num_bytes: int, program: Program) -> None:
+    require_free(
+        num_bytes,
+        f"the weights in {program.act}",
+        "load a smaller model, dtype bfloat16 instead of float32, or free memory",
+        "model",
+    )
 
 
 def _reference_groups(program: Program, page_size: int) -> list[_core.KvGroup]:

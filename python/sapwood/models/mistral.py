@@ -8,7 +8,8 @@ from sapwood.models.registry import ModelFamily
 
 
 def configure(raw: HfConfig) -> DecoderConfig:
-    """sliding_window, where set, holds for every layer."""
+    """sliding_window holds for every layer; null is none, and 4096 where the config is silent."""
+    raw = raw.filled(sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072)
     return decoder_config(raw, windows="every_layer")
 
 

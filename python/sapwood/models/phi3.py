@@ -16,11 +16,12 @@ from sapwood.models.registry import ModelFamily
 
 def configure(raw: HfConfig) -> DecoderConfig:
     """In Phi-3's configs "su" and "yarn" are earlier names of longrope."""
+    raw = raw.filled(rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096)
     for layout in ("rope_scaling", "rope_parameters"):
         fields = raw.table(layout)
         if (fields.get("rope_type") or fields.get("type")) == "yarn":
             raw = dataclasses.replace(raw, values={**raw.values, layout: {**fields, "rope_type": "longrope"}})
-    return decoder_config(raw, windows="every_layer", fused_qkv=True, fused_gate_up=True)
+    return decoder_config(raw, windows="every_layer", partial_rotary=True, fused_qkv=True, fused_gate_up=True)
 
 
 MODEL = ModelFamily(configure, record_decoder)

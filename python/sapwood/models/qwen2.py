@@ -9,6 +9,7 @@ from sapwood.models.registry import ModelFamily
 
 def configure(raw: HfConfig) -> DecoderConfig:
     """The bias is always there; no config field turns it off."""
+    raw = raw.filled(sliding_window=4096, num_key_value_heads=32, max_position_embeddings=32768)
     return decoder_config(raw, windows="by_layer", qkv_bias=True)
 
 

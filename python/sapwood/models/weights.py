@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import mmap
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,12 +27,14 @@ import numpy as np
 
 from sapwood import _core
 from sapwood.errors import InvalidRequest, UnsupportedModel
+from sapwood.layers.rotary import RopeTable
 from sapwood.program.ir import ActDType, ArrayPart, Program, TensorPart, WeightSlot
 
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMS = 64
 _DTYPES: Mapping[str, tuple[str, int]] = MappingProxyType(
     {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
 )
@@ -112,7 +115,7 @@ class SafetensorsFile:
     def _parse(self) -> dict[str, Tensor]:
         try:
             entries = json.loads(self.header.decode("utf-8"), object_pairs_hook=_unique_keys)
-        except (UnicodeDecodeError, json.JSONDecodeError, _DuplicateKey, RecursionError) as error:
+        except (ValueError, _DuplicateKey, RecursionError) as error:  # ValueError: a number too long, too
             raise self._bad(f"the header is not valid JSON: {error}") from None
         if not isinstance(entries, dict):
             raise self._bad("the header is not a JSON object")
@@ -132,7 +135,9 @@ class SafetensorsFile:
         except (TypeError, KeyError, ValueError):
             sane = False
         if not sane:
-            raise self._bad(f"tensor {name!r} needs dtype, shape and data_offsets [begin, end], got {entry!r:.200}")
+            raise self._bad(
+                f"tensor {name!r} needs dtype, shape and data_offsets [begin, end], got {reprlib.repr(entry)}"
+            )
         if not begin <= end <= available:
             raise self._bad(
                 f"tensor {name!r} lies at [{begin}, {end}) of {available} bytes of data: "
@@ -140,6 +145,12 @@ class SafetensorsFile:
             )
         if dtype not in _ITEM_BYTES:
             raise self._bad(f"tensor {name!r} has unknown dtype {dtype!r}")
+        # Nothing in the file is larger than the file, not even beside a 0; without that, the product has no bound.
+        if len(shape) > MAX_DIMS or any(n > self.size for n in shape):
+            raise self._bad(
+                f"tensor {name!r} of shape {reprlib.repr(list(shape))} must have at most {MAX_DIMS} dimensions, none "
+                f"above the file's {self.size} bytes"
+            )
         expected = math.prod(shape) * _ITEM_BYTES[dtype]
         if end - begin != expected:
             raise self._bad(f"tensor {name!r} of {dtype} {list(shape)} needs {expected} bytes, got {end - begin}")
@@ -189,7 +200,7 @@ class Checkpoint:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
             good = bool(names) and all(isinstance(n, str) and n == Path(n).name for n in names)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             good = False
         if not good:
             raise InvalidRequest(f"{index} must hold weight_map: tensor name to file name in the same folder", "model")
@@ -301,7 +312,8 @@ def fill_store(
     num_threads: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Fill every slot of the program, in the order the files hold them, so that a cold disk is read once, forwards.
+    """Fill every slot of the program but the rope tables, in the order the files hold them, so that a cold disk is read
+    once, forwards.
 
     checkpoint   checked by `Checkpoint.check`; None = load_format "dummy"
     progress     called with (bytes done, bytes in all) after each slot
@@ -309,7 +321,8 @@ def fill_store(
     if checkpoint is not None:
         for file in checkpoint.files:
             file.prefetch()
-    order = sorted(program.slots, key=lambda slot: _place(slot, checkpoint))
+    tables = {slot.id for slot in rope_table_slots(program)}
+    order = sorted((s for s in program.slots if s.id not in tables), key=lambda slot: _place(slot, checkpoint))
     sizes = [4 * math.prod(slot.shape) for slot in order]
     done = 0
     for slot, size in zip(order, sizes, strict=True):
@@ -327,6 +340,29 @@ def fill_store(
         done += size
         if progress is not None:
             progress(done, sum(sizes))
+
+
+def rope_table_slots(program: Program) -> list[WeightSlot]:
+    """The slots `fill_rope_tables` fills."""
+    return [slot for slot in program.slots if isinstance(slot.parts[0], RopeTable)]
+
+
+def rope_table_bytes(program: Program, num_positions: int) -> int:
+    """Bytes `fill_rope_tables` takes."""
+    parts = [part for slot in rope_table_slots(program) for part in slot.parts]
+    return sum(part.num_bytes(num_positions) for part in parts if isinstance(part, RopeTable))
+
+
+def fill_rope_tables(program: Program, store: _core.WeightStore, num_positions: int, *, num_threads: int = 0) -> None:
+    """Fill the rope tables with the first num_positions positions: after the pool is sized, because no request can be
+    longer than a pool that keeps all its tokens. The numbers are dropped once the store has them.
+    """
+    for slot in rope_table_slots(program):
+        for part in slot.parts:
+            assert isinstance(part, RopeTable)
+            values = part.values(num_positions)
+            rows, cols = values.shape
+            store.fill(slot.id, slot.kind, [(values.ctypes.data, "float32", rows, cols, cols)], num_threads=num_threads)
 
 
 def _place(slot: WeightSlot, checkpoint: Checkpoint | None) -> tuple[int, int]:
@@ -370,7 +406,9 @@ def slot_array(slot: WeightSlot, checkpoint: Checkpoint | None, act: ActDType) -
     arrays = []
     for part in slot.parts:
         shape = (part.num_rows, *slot.shape[1:])
-        if isinstance(part, ArrayPart):
+        if isinstance(part, RopeTable):
+            arrays.append(part.values())
+        elif isinstance(part, ArrayPart):
             arrays.append(part.array)
         elif checkpoint is not None:
             whole = _as_float32(checkpoint.tensors[part.tensor])

@@ -6,17 +6,19 @@ StepPlans to what that returns. Kernels, layout and threads are cpp/program/cpu_
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
 from sapwood import _core
 from sapwood.config import EngineConfig
 from sapwood.errors import InvalidRequest
-from sapwood.program.ir import Program, Value
+from sapwood.program.ir import ArrayPart, Program, Value
 from sapwood.program.ops import OPS
 
 PAGE_SIZES = (16, 32, 64)  # what the CPU attention kernels take
 DIM_MULTIPLE = 16  # head_dim is padded to it inside a page (KvLayout in kernels.h)
+PANEL = 64  # rows of a packed panel (kPanel in kernels.h)
 COMPUTE_NICE = 5  # the event loop must be able to preempt the compute threads (one of two cores is its too)
 
 
@@ -76,6 +78,29 @@ def resolve_isa(config: EngineConfig) -> str:
             f"{source} {isa!r} is not available here; this machine has: {', '.join(levels)}", "cpu_isa"
         )
     return _core.best_isa() if isa == "auto" else isa
+
+
+def weight_bytes(program: Program) -> int:
+    """Bytes the weight store takes for the program's slots but those computed at record time (rope tables).
+
+    The packing is cpp/kernels/pack.cc's: matrices in panels of PANEL rows, gate_up in panels of half gate, half up;
+    bfloat16 has an even number of columns.
+    """
+    item_bytes = 4 if program.act == "float32" else 2
+    total = 0
+    for slot in program.slots:
+        if isinstance(slot.parts[0], ArrayPart):
+            continue
+        rows, cols = slot.shape[0], math.prod(slot.shape[1:])
+        match slot.kind:
+            case "linear" | "gate_up":
+                panels = -(-rows // PANEL) if slot.kind == "linear" else -(-(rows // 2) // (PANEL // 2))
+                total += panels * PANEL * (cols if item_bytes == 4 else cols + cols % 2) * item_bytes
+            case "table":
+                total += rows * cols * item_bytes
+            case _:
+                total += rows * cols * 4
+    return total
 
 
 def make_runner(
