@@ -42,10 +42,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Expected errors print one line and no traceback."""
+    _open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in ("--version", "-V"):
-            print(f"sapwood {__version__}")
+            print(f"sapwood {__version__}", flush=True)
             return 0
         options = _parse(arguments)
         return _generate(options)
@@ -58,9 +59,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more on exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return 141
+    except (OSError, MemoryError) as error:  # what the machine refuses; a bug keeps its traceback
+        _give_up_stdout()
+        return _fail(error, 1)
+
+
+def _open_standard_streams() -> None:
+    """A stream that the shell closed (`<&-`, `>&-`) becomes /dev/null.
+
+    Else files that the engine opens would get the numbers 0 to 2, which native code takes for the terminal.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
+def _give_up_stdout() -> None:
+    """Python flushes stdout once more on exit: where that must fail, give it somewhere to go."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -73,15 +94,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("-V", "--version", action="version", version=f"sapwood {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     generate = _add_generate(commands)
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        # argparse also calls a second prompt unknown; flags are what people mistype.
-        flag = next((u for u in unknown if u.startswith("-")), unknown[0])
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options, unknown = parser.parse_known_args(arguments[:end])
+    flag = next((word for word in unknown if re.match(r"--?[A-Za-z]\S*$", word)), None)
+    if flag is not None:
         name = flag.split("=")[0]
         near = difflib.get_close_matches(name, list(generate._option_string_actions), 1)
         hint = f"; did you mean {near[0]}?" if near else "; see sapwood generate --help"
-        kind = "option" if name.startswith("-") else "argument (quote a prompt of several words)"
-        raise UsageError(f"unknown {kind} {name!r}{hint if kind == 'option' else ''}")
+        raise UsageError(f"unknown option {name!r}{hint}")
+    # argparse knows a prompt only right behind the model; elsewhere it is what was left over, or what follows "--".
+    prompts = [word for word in (options.prompt, *unknown, *arguments[end + 1 :]) if word is not None]
+    if len(prompts) > 1:
+        raise UsageError(f"unknown argument (quote a prompt of several words) {prompts[1]!r}")
+    options.prompt = prompts[0] if prompts else None
     return options
 
 
@@ -186,7 +211,7 @@ def _generate(options: argparse.Namespace) -> int:
     from sapwood.engine.async_engine import Engine
 
     start = time.monotonic()
-    with Engine(options.model, **settings) as engine:
+    with Engine(options.model, own_process=True, **settings) as engine:
         loaded = time.monotonic()
         text = [{"role": "user", "content": prompt}] if options.chat else prompt
         if not options.chat and not options.no_echo:

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 import msgspec
 
 from sapwood.errors import InvalidRequest
 
+# Bounds of the integer settings, both included; the upper ones are far beyond any use, and what the engine can carry.
+INT_RANGES: Final = MappingProxyType(
+    {
+        "context_length": (1, 2**24),
+        "max_total_tokens": (1, 2**40),
+        "page_size": (1, 64),
+        "max_running_requests": (1, 2**16),
+        "max_queued_requests": (0, 2**31),
+        "chunked_prefill_size": (1, 2**20),
+        "num_threads": (1, 1024),
+        "trace_capacity": (0, 10**7),
+    }
+)
+# Bounds of the others, both excluded; NaN is in no range.
+FLOAT_RANGES: Final = MappingProxyType(
+    {
+        "mem_fraction_static": (0, 1),
+        "priority_ageing_s": (0, 1e9),
+        "max_step_ms": (-math.inf, math.inf),
+        "request_timeout_s": (0, 1e9),
+    }
+)
+
 
 class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """All settings of one engine.
+    """All settings of one engine. INT_RANGES and FLOAT_RANGES have the bounds of the numbers.
 
     Model
       model                  directory in HF format, or a hub id ("Qwen/Qwen3-0.6B")
@@ -74,32 +99,14 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     def verify(self) -> None:
         """Raise InvalidRequest for the first setting out of range."""
-
-        def positive(name: str) -> None:
+        for name, (least, most) in INT_RANGES.items():
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InvalidRequest(f"{name} must be positive, got {value}", name)
-
-        for name in (
-            "context_length",
-            "max_total_tokens",
-            "max_running_requests",
-            "chunked_prefill_size",
-            "num_threads",
-            "request_timeout_s",
-            "priority_ageing_s",
-        ):
-            positive(name)
-        if self.max_queued_requests is not None and self.max_queued_requests < 0:
-            raise InvalidRequest(
-                f"max_queued_requests must be >= 0, got {self.max_queued_requests}", "max_queued_requests"
-            )
-        if not 0 < self.mem_fraction_static < 1:
-            raise InvalidRequest(
-                f"mem_fraction_static must be in (0, 1), got {self.mem_fraction_static}", "mem_fraction_static"
-            )
-        if not 1 <= self.page_size <= 64:
-            raise InvalidRequest(f"page_size must be 1..64, got {self.page_size}", "page_size")
+            if value is not None and not least <= value <= most:
+                raise InvalidRequest(f"{name} must be {least}..{most}, got {value}", name)
+        for name, (low, high) in FLOAT_RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low < value < high:
+                raise InvalidRequest(f"{name} must be in ({low}, {high:g}), got {value}", name)
 
     @classmethod
     def from_kwargs(cls, model: str, **settings: Any) -> EngineConfig:

@@ -4,7 +4,6 @@
     ├── InvalidRequest      the caller's arguments are wrong (HTTP 400); also a ValueError
     │   └── UnsupportedModel    the checkpoint needs what this version does not have
     ├── CapacityError       no room now: queue, rows or KV pool are full (HTTP 503)
-    ├── RequestAborted      the request was aborted, timed out or could not be completed
     ├── EngineDead          the engine has stopped or its executor failed
     └── InternalError       a broken invariant: a bug of ours
 
@@ -34,10 +33,6 @@ class MissingExtra(SapwoodError, ImportError):
 
 class CapacityError(SapwoodError):
     """A queue, table or pool is full; retrying later can succeed."""
-
-
-class RequestAborted(SapwoodError):
-    """The request ended without a complete answer (abort, deadline, pool exhausted, bad logits)."""
 
 
 class EngineDead(SapwoodError):

@@ -11,6 +11,7 @@ import msgspec
 from sapwood.errors import InvalidRequest
 
 MAX_SEED = 2**64 - 1
+FLAGS = ("ignore_eos", "return_logprob", "skip_special_tokens")
 
 
 class FinishReason(enum.StrEnum):
@@ -25,11 +26,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How tokens are drawn and when a request ends. Field names are SGLang's.
 
     temperature      >= 0; 0 is greedy
-    top_k            keep the k most likely tokens, exactly k, ties by lowest id; <= 0 is off (SGLang's -1)
+    top_k            keep the k most likely tokens, exactly k, ties by lowest id; <= 0 (SGLang's -1) is off, and so is
+                     any k that the vocabulary does not reach
     top_p            keep the smallest set of most likely tokens whose probability reaches top_p; (0, 1]
     min_p            keep tokens at least min_p times as likely as the likeliest; [0, 1]
     max_new_tokens   tokens to generate at most; None = up to the context length
-    min_new_tokens   end tokens cannot be drawn before so many tokens
+    min_new_tokens   end tokens cannot be drawn before so many tokens; the context length still ends the request
     stop             strings that end the text; the text is cut before the first of them
     stop_token_ids   token ids that end the request, besides the model's own end tokens
     ignore_eos       do not end on the model's end tokens (stop_token_ids still end)
@@ -63,12 +65,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Raise InvalidRequest for the first field out of range."""
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not _is_finite(value):
                 raise InvalidRequest(f"{name} must be a finite number, got {value!r}", name)
         for name in ("top_k", "min_new_tokens"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not _is_int(value):
                 raise InvalidRequest(f"{name} must be an integer, got {value!r}", name)
+        for name in FLAGS:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InvalidRequest(f"{name} must be True or False, got {value!r}", name)
         if self.temperature < 0:
             raise InvalidRequest(f"temperature must be >= 0 (0 is greedy), got {self.temperature}", "temperature")
         if not 0 < self.top_p <= 1:
@@ -76,7 +82,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if not 0 <= self.min_p <= 1:
             raise InvalidRequest(f"min_p must be in [0, 1], got {self.min_p}", "min_p")
         if self.max_new_tokens is not None:
-            if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
+            if not _is_int(self.max_new_tokens):
                 raise InvalidRequest(
                     f"max_new_tokens must be an integer, got {self.max_new_tokens!r}", "max_new_tokens"
                 )
@@ -89,28 +95,38 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 f"min_new_tokens ({self.min_new_tokens}) must not exceed max_new_tokens ({self.max_new_tokens})",
                 "min_new_tokens",
             )
-        stops = self.stop_strings()
-        if any(not isinstance(s, str) or not s for s in stops):
+        is_list = self.stop is None or isinstance(self.stop, Sequence)
+        stops = self.stop_strings() if is_list else []
+        if not is_list or any(not isinstance(s, str) or not s for s in stops):
             raise InvalidRequest(f"stop must be a non-empty string or a list of them, got {self.stop!r}", "stop")
         if len(stops) > 64:
             raise InvalidRequest(f"stop takes at most 64 strings, got {len(stops)}", "stop")
         ids = self.stop_token_ids
         if ids is not None:
+            if not isinstance(ids, Sequence):
+                raise InvalidRequest(f"stop_token_ids must be a list of integers, got {ids!r}", "stop_token_ids")
             for i in ids:
-                if (
-                    isinstance(i, bool)
-                    or not isinstance(i, int)
-                    or i < 0
-                    or (vocab_size is not None and i >= vocab_size)
-                ):
+                if not _is_int(i) or i < 0 or (vocab_size is not None and i >= vocab_size):
                     end = vocab_size if vocab_size is not None else "vocab"
                     raise InvalidRequest(f"stop_token_ids must be integers in [0, {end}), got {i!r}", "stop_token_ids")
             if len(ids) > 256:
                 raise InvalidRequest(f"stop_token_ids takes at most 256 ids, got {len(ids)}", "stop_token_ids")
-        if self.seed is not None and (
-            isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED
-        ):
+        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed <= MAX_SEED):
             raise InvalidRequest(f"seed must be an integer in [0, 2**64), got {self.seed!r}", "seed")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    """Whether value is a number that a float can hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 class Usage(msgspec.Struct, frozen=True):

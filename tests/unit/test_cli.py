@@ -34,7 +34,8 @@ class FakeEngine:
     fails_late: BaseException | None = None
     error: str | None = None
 
-    def __init__(self, model: str, **settings: Any) -> None:
+    def __init__(self, model: str, *, own_process: bool, **settings: Any) -> None:
+        assert own_process  # the command line has the process to itself
         self.model, self.settings, self.closed = model, settings, False
         self.asked: list[tuple[Any, SamplingParams]] = []
         if type(self).fails is not None:
@@ -186,6 +187,9 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         ),  # no abbreviations: they break when flags are added
         (["generate", "m", "x", "--zzzzzz"], "unknown option '--zzzzzz'; see sapwood generate --help"),
         (["generate", "m", "Once", "upon"], "unknown argument (quote a prompt of several words) 'upon'"),
+        (["generate", "m", "x", "--", "y"], "unknown argument (quote a prompt of several words) 'y'"),
+        (["generate", "m", "--seed", "1", "x", "y"], "unknown argument (quote a prompt of several words) 'y'"),
+        (["generate", "m", "--sed", "1", "--", "x"], "unknown option '--sed'; did you mean --seed?"),
         (["generate", "m", "x", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
         (["generate", "m", "x", "--seed", "many"], "argument --seed: invalid int value: 'many'"),
         (["generate", "m", "x", "--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
@@ -210,6 +214,42 @@ def test_engine_errors(
     engine.fails = error
     assert cli.main(["generate", "m", "x"]) == code
     assert capsys.readouterr() == ("", f"sapwood: error: {' '.join(str(error).split())}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["m", "PROMPT"],
+        ["m", "PROMPT", "--seed", "3"],
+        ["m", "--seed", "3", "PROMPT"],
+        ["--seed", "3", "m", "PROMPT"],
+        ["m", "--seed", "3", "--", "PROMPT"],
+        ["m", "--", "PROMPT"],
+    ],
+)
+@pytest.mark.parametrize("prompt", ["Once", "-5 degrees", "-5", "--seed"])
+def test_the_prompt_may_stand_anywhere(engine: type[FakeEngine], arguments: list[str], prompt: str) -> None:
+    if prompt == "--seed" and "--" not in arguments:
+        return
+    assert cli.main(["generate", *(prompt if word == "PROMPT" else word for word in arguments)]) == 0
+    asked, params = engine.made[0].asked[0]
+    assert (engine.made[0].model, asked) == ("m", prompt)
+    assert params.seed == (3 if "3" in arguments else None)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
+def test_what_the_machine_refuses_is_one_line(
+    engine: type[FakeEngine], capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    engine.fails = error
+    assert cli.main(["generate", "m", "x"]) == 1
+    assert capsys.readouterr() == ("", f"sapwood: error: {' '.join(str(error).split()) or 'MemoryError'}\n")
+
+
+def test_a_bug_keeps_its_traceback(engine: type[FakeEngine]) -> None:
+    engine.fails = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["generate", "m", "x"])
 
 
 def test_an_error_after_the_first_words(engine: type[FakeEngine], capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,7 +337,8 @@ import test_cli
 from sapwood import cli
 class Fake(test_cli.FakeEngine):
     def generate(self, prompt, params, stream):
-        for _ in range(100000):
+        assert open("/dev/null").fileno() > 2, "a file of the engine's became a standard stream"
+        for _ in range({words}):
             yield test_cli.RequestOutput("r", "word " * 50, [1], None, test_cli.Usage(1, 1, 0))
             time.sleep({pause})
 module = types.ModuleType("sapwood.engine.async_engine")
@@ -307,8 +348,12 @@ sys.exit(cli.main(["generate", "m", "x"]))
 """
 
 
+def stand_in(pause: float = 0, words: int = 100_000) -> str:
+    return STAND_IN.format(tests=str(Path(__file__).parent), pause=pause, words=words)
+
+
 def start_endless(pause: float) -> subprocess.Popen[bytes]:
-    script = STAND_IN.format(tests=str(Path(__file__).parent), pause=pause)
+    script = stand_in(pause)
     environment = {**os.environ, "PYTHONPATH": str(PYTHON_DIR)}
     return subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
@@ -331,3 +376,27 @@ def test_control_c_ends_it_quietly() -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
         assert (process.returncode, err) == (130, b"")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_the_shell_closed(closed: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(PYTHON_DIR)}
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, stand_in(words=2)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == ("" if ">&-" in closed.split() else "x" + "word " * 100 + "\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("arguments", [["-c", stand_in()], ["-m", "sapwood", "--version"]])
+def test_a_full_disk_is_one_line(arguments: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(PYTHON_DIR)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    assert (done.returncode, done.stderr) == (1, "sapwood: error: [Errno 28] No space left on device\n")

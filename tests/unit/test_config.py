@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from sapwood.config import EngineConfig
 from sapwood.errors import InvalidRequest
 
 BAD = (
-    ("context_length", (0, -1, "x")),
-    ("max_total_tokens", (0, -5)),
-    ("mem_fraction_static", (0, 1, 1.5, -0.1, "x")),
+    ("context_length", (0, -1, "x", 10**20)),
+    ("max_total_tokens", (0, -5, 10**18)),
+    ("mem_fraction_static", (0, 1, 1.5, -0.1, "x", math.nan)),
     ("page_size", (0, 65, -1, 16.5)),
-    ("max_running_requests", (0, -1)),
-    ("max_queued_requests", (-1,)),
-    ("chunked_prefill_size", (0, -1)),
-    ("num_threads", (0, -1)),
-    ("request_timeout_s", (0, -0.5)),
-    ("priority_ageing_s", (0, -1)),
+    ("max_running_requests", (0, -1, 10**10)),
+    ("max_queued_requests", (-1, 10**20)),
+    ("chunked_prefill_size", (0, -1, 2**40)),
+    ("num_threads", (0, -1, 10**6)),
+    ("request_timeout_s", (0, -0.5, math.nan, math.inf, 1e300)),
+    ("priority_ageing_s", (0, -1, math.nan, math.inf)),
+    ("max_step_ms", (math.nan, math.inf, -math.inf)),
+    ("trace_capacity", (-1, 10**8)),
     ("schedule_policy", ("best", 1)),
     ("prefix_cache", ("tree",)),
     ("dtype", ("int4", "float16")),
@@ -69,6 +72,14 @@ def test_unknown_settings_name_the_nearest() -> None:
     assert caught.value.param == "page_sise"
     with pytest.raises(InvalidRequest, match="unknown engine setting 'zzzzzz'$"):
         EngineConfig.from_kwargs("m", zzzzzz=1)
+
+
+def test_the_range_is_named() -> None:
+    with pytest.raises(InvalidRequest, match=r"num_threads must be 1\.\.1024, got 1000000$") as caught:
+        EngineConfig.from_kwargs("m", num_threads=10**6)
+    assert caught.value.param == "num_threads"
+    with pytest.raises(InvalidRequest, match=r"mem_fraction_static must be in \(0, 1\), got nan$"):
+        EngineConfig.from_kwargs("m", mem_fraction_static=math.nan)
 
 
 def test_a_path_is_a_model(tmp_path: Path) -> None:

@@ -12,19 +12,22 @@ from sapwood.errors import InvalidRequest, SapwoodError
 from sapwood.request import MAX_SEED, FinishReason, RequestOutput, SamplingParams, Usage
 
 BAD = (
-    ("temperature", (-0.1, math.nan, math.inf, True, "1", None)),
+    ("temperature", (-0.1, math.nan, math.inf, True, "1", None, 10**400)),
     ("top_k", (1.5, "1", None, True)),
-    ("top_p", (0, -1, 1.01, math.nan, "1", None)),
+    ("top_p", (0, -1, 1.01, math.nan, "1", None, 10**400)),
     ("min_p", (-0.01, 1.01, math.inf, None)),
     ("max_new_tokens", (0, -1, 1.5, "5", True)),
     ("min_new_tokens", (-1, 1.5, None, True, 129)),  # 129 > max_new_tokens
-    ("stop", ("", [""], ["a", ""], [1], ["x"] * 65)),
-    ("stop_token_ids", ([-1], [1.5], [True], ["1"], [0] * 257, [1000])),
+    ("stop", ("", [""], ["a", ""], [1], ["x"] * 65, 5, True, b"ab", {"a"})),
+    ("stop_token_ids", ([-1], [1.5], [True], ["1"], [0] * 257, [1000], 5, {5}, "5")),
     ("seed", (-1, MAX_SEED + 1, 1.5, "1", True)),
+    ("ignore_eos", (0, 1, None, "no")),
+    ("return_logprob", (0, 1, None, "yes")),
+    ("skip_special_tokens", (0, 1, None, "no")),
 )
 GOOD = (
     ("temperature", (0, 0.0, 1, 100.0)),
-    ("top_k", (-1, 0, 1, 10**9)),
+    ("top_k", (-1, 0, 1, 10**9, 10**30)),
     ("top_p", (1, 1.0, 1e-9)),
     ("min_p", (0, 1, 0.5)),
     ("max_new_tokens", (None, 1, 10**9)),
@@ -32,6 +35,9 @@ GOOD = (
     ("stop", (None, "x", [], ["x"], ("x", "y"), ["x"] * 64)),
     ("stop_token_ids", (None, [], [0], (999,), [0] * 256)),
     ("seed", (None, 0, MAX_SEED)),
+    ("ignore_eos", (True, False)),
+    ("return_logprob", (True, False)),
+    ("skip_special_tokens", (True, False)),
 )
 
 
@@ -49,10 +55,7 @@ def test_accepted(name: str, value: Any) -> None:
 
 
 def test_every_field_is_tried() -> None:
-    numbers_and_lists = {name for name, _ in BAD}
-    assert numbers_and_lists == {name for name, _ in GOOD}
-    flags = {field.name for field in msgspec.structs.fields(SamplingParams) if field.type is bool}
-    assert numbers_and_lists | flags == set(SamplingParams.__struct_fields__)
+    assert {name for name, _ in BAD} == {name for name, _ in GOOD} == set(SamplingParams.__struct_fields__)
 
 
 def test_defaults() -> None:

@@ -47,8 +47,8 @@ def test_fcfs_and_retracted_first() -> None:
     assert names(s) == ["a", "b", "c", "d"]
     s.remove(b)
     s.remove(a)
-    s.push_front(b)  # retracted in this order; the older one is ahead all the same
-    s.push_front(a)
+    s.push_again(b)  # retracted in this order; the older one is ahead all the same
+    s.push_again(a)
     assert names(s) == ["a", "b", "c", "d"]
     with pytest.raises(KeyError):
         s.remove(request("x"))
@@ -65,6 +65,35 @@ def test_priority_ages() -> None:
     assert names(s) == ["high", "late", "low", "later"]
 
 
+def test_a_retracted_request_does_not_pass_a_higher_priority() -> None:
+    s = scheduler(schedule_policy="priority")
+    low, equal, high = request("low"), request("equal"), request("high", priority=1000)
+    s.push(low)
+    s.remove(low)
+    s.push(equal)
+    s.push(high)
+    s.push_again(low)
+    assert names(s) == ["high", "low", "equal"]
+
+
+def test_urgent_is_who_precedes_the_foremost_prefill() -> None:
+    s = scheduler(schedule_policy="priority")
+    running = request("running", priority=1)
+    s.push(running)
+    s.remove(running)
+    assert s.urgent(running) is None
+    s.push(request("equal", priority=1))
+    assert s.urgent(running) is None
+    s.push(request("high", priority=2))
+    urgent = s.urgent(running)
+    assert urgent is not None and urgent.id == "high"
+    other = scheduler()  # fcfs knows no urgency, not even for one that was retracted
+    other.push(old := request("old"))
+    other.push(new := request("new"))
+    other.remove(new)
+    assert old.order < new.order and other.urgent(new) is None
+
+
 def test_lpm_prefers_the_cached_but_not_for_ever() -> None:
     s = scheduler(schedule_policy="lpm")
     for name in "abc":
@@ -74,9 +103,11 @@ def test_lpm_prefers_the_cached_but_not_for_ever() -> None:
     s.push(request("d", at=LPM_MAX_WAIT_S))
     assert names(s, LPM_MAX_WAIT_S + 1, match) == ["a", "b", "c", "d"]
     back = request("r", at=LPM_MAX_WAIT_S)
-    back.seq = 0
-    s.push_front(back)
-    assert names(s, 1.0, match)[0] == "r"
+    s.push(back)
+    s.remove(back)
+    back.num_retractions = 1
+    s.push_again(back)
+    assert names(s, 1.0, match) == ["r", "d", "b", "c", "a"]
 
 
 def test_lpm_gives_up_on_a_long_queue() -> None:

@@ -15,6 +15,9 @@ from sapwood.engine.scheduler import MAX_FOLLOWERS, Scheduler, StepBudget
 from sapwood.errors import InternalError
 from sapwood.memory.prefix_cache import PagePool
 
+# The batch builder's top_k is an int32; no vocabulary is larger.
+MAX_TOP_K = 2**31 - 1
+
 
 class Planner:
     """Rows and the step that is being built. Not thread safe; owned by the loop.
@@ -62,7 +65,7 @@ class Planner:
         """Plan a step; None when there is nothing to compute now.
 
         Decodes first, then prompts already begun, then newcomers: a newcomer is admitted after its leader's chunk was
-        planned, so that it finds the leader's pages. `failures` lists who cannot go on.
+        planned, so that it finds the leader's pages; only an urgent one goes first. `failures` lists who cannot go on.
         """
         builder = self._builder
         builder.begin_step(step_id)
@@ -70,6 +73,7 @@ class Planner:
         self._starved = False
         if self.extending or len(self._scheduler):
             budget = self._scheduler.budget(num_decodes, self.decode_kv)
+            self._admit_urgent()
             self._continue_prompts(budget)
             if len(self._scheduler):
                 if not self._starved and budget.tokens > 0 and not self.draining:
@@ -95,23 +99,17 @@ class Planner:
     # --- prompts
 
     def _continue_prompts(self, budget: StepBudget) -> None:
-        if not self.extending:
-            return
-        others = 0
-        if len(self.extending) > 1 or len(self._scheduler):
-            others = sum(len(r.known) - r.planned_len for r in self.extending[1:])
-            waiting = self._scheduler.peek()
-            if waiting is not None and self._builder.num_free_rows > 0:
-                others += len(waiting.known)
-        first, *rest = self.extending
-        self._extend(first, self._scheduler.share(budget, first, others), budget)
-        for req in rest:
-            if self._starved:
-                break
-            allowed = budget.allow(req.planned_len, len(req.known) - req.planned_len)
-            if allowed <= 0:
-                break
-            self._extend(req, allowed, budget)
+        """Every prompt begun gets its share, foremost first; each leaves some to those behind it."""
+        others = sum(len(r.known) - r.planned_len for r in self.extending)
+        waiting = self._scheduler.peek()
+        if waiting is not None and self._builder.num_free_rows > 0:
+            others += len(waiting.known)
+        for req in list(self.extending):  # who gets its last token leaves the list
+            others -= len(req.known) - req.planned_len
+            share = self._scheduler.share(budget, req, others)
+            if share <= 0 or self._starved:
+                return
+            self._extend(req, share, budget)
 
     def _extend(self, req: RequestState, num_tokens: int, budget: StepBudget) -> None:
         if num_tokens <= 0:
@@ -128,6 +126,14 @@ class Planner:
             self.extending.remove(req)
             self.num_decoding += 1
             self.decode_kv += req.num_tokens
+
+    def _admit_urgent(self) -> None:
+        """Who precedes every prompt begun gets its row, and so its share, before they take theirs. One a step."""
+        if not self.extending or self.draining or self._builder.num_free_rows <= 0:
+            return
+        req = self._scheduler.urgent(self.extending[0])
+        if req is not None and self._builder.pending_prefix(req.ns, req.known) <= 0:
+            self._admit(req)
 
     def _admit_waiting(self, budget: StepBudget, now: float) -> None:
         if self._builder.num_free_rows <= 0:
@@ -180,9 +186,9 @@ class Planner:
                 req.known,
                 prompt_len=req.num_prompt,
                 max_len=req.max_len,
-                min_len=req.min_len,
+                min_len=min(req.min_len, req.max_len),
                 temperature=p.temperature,
-                top_k=max(0, p.top_k),
+                top_k=min(max(0, p.top_k), MAX_TOP_K),
                 top_p=p.top_p,
                 min_p=p.min_p,
                 seed=req.seed,
@@ -191,7 +197,8 @@ class Planner:
                 return_logprob=p.return_logprob,
                 stop_ids=req.stop_ids,
             )
-        except _core.InvalidArgument as error:
+        except (TypeError, ValueError, OverflowError) as error:  # _core.InvalidArgument is a ValueError
+            # Whatever the native call cannot take is this request's own trouble: the others go on.
             self.failures.append((req, f"refused by the batch builder: {error}"))
             return False
         if not certain and not pool.has_room(total - cached // pool.page_size, reserve):
@@ -249,7 +256,7 @@ class Planner:
         self.draining.append(req)
 
     def requeue_drained(self) -> bool:
-        """Send drained requests back to the queue's front with their tokens so far; whether there were any."""
+        """Send drained requests back to the queue with their tokens so far; whether there were any."""
         done = [r for r in self.draining if self._builder.in_flight(r.row) == 0]
         for req in done:
             # Computed pages stay in the cache, evictable: on return it recomputes only what was evicted meanwhile. A
@@ -261,7 +268,7 @@ class Planner:
             req.num_retractions += 1
             self.num_retractions += 1
             req.phase = Phase.WAITING
-            self._scheduler.push_front(req)
+            self._scheduler.push_again(req)
         return bool(done)
 
     def drain_invalid(self) -> None:

@@ -100,9 +100,8 @@ class Scheduler:
         req.order = (key, req.seq)
         bisect.insort(self._queue, req, key=_order)
 
-    def push_front(self, req: RequestState) -> None:
-        """A retracted request waits again, before all that were never admitted; among its like the oldest first."""
-        req.order = (-math.inf, req.seq)
+    def push_again(self, req: RequestState) -> None:
+        """A retracted request waits again, in its old place: first among its equals, behind a higher priority."""
         bisect.insort(self._queue, req, key=_order)
 
     def remove(self, req: RequestState) -> None:
@@ -128,6 +127,13 @@ class Scheduler:
     def peek(self) -> RequestState | None:
         return self._queue[0] if self._queue else None
 
+    def urgent(self, foremost: RequestState) -> RequestState | None:
+        """The waiting request whose priority puts it before the foremost prefill; None where there is none."""
+        waiting = self.peek()
+        if self._policy == "priority" and waiting is not None and waiting.order < foremost.order:
+            return waiting
+        return None
+
     def end_pass(self) -> None:
         """A planning pass is over: who still waits is stuck."""
         self._num_stuck = len(self._queue)
@@ -142,7 +148,7 @@ class Scheduler:
         """
         queue = list(self._queue) if len(self._queue) <= LPM_MAX_QUEUE else self._queue[:LPM_MAX_QUEUE]
         if self._policy == "lpm" and 1 < len(self._queue) <= LPM_MAX_QUEUE:
-            first = [r for r in queue if r.order[0] == -math.inf or now - r.submitted_s >= LPM_MAX_WAIT_S]
+            first = [r for r in queue if r.num_retractions or now - r.submitted_s >= LPM_MAX_WAIT_S]
             ahead = set(map(id, first))
             rest = [r for r in queue if id(r) not in ahead]
             matched = dict(zip(map(id, rest), match_many(rest), strict=True))
@@ -161,14 +167,14 @@ class Scheduler:
         left = self._max_step_ms - (a + b * num_decode_rows + c * decode_kv + d * num_decode_rows)
         return StepBudget(tokens, self._page_size, left, coefficients)
 
-    def share(self, budget: StepBudget, first: RequestState, others_want: int) -> int:
-        """How many tokens the foremost prompt takes, others_want being what all behind it could use.
+    def share(self, budget: StepBudget, req: RequestState, others_want: int) -> int:
+        """How many tokens req's prompt takes of what is left, others_want being what all behind it could use.
 
-        A prompt too long for this step leaves up to half of it to those behind: several prefills are in flight, and a
-        short prompt is not held up by a long one for more than twice its time.
+        A prompt too long for this step leaves up to half of what it could have to those behind it, each of which does
+        the same: several prefills are in flight, and a short prompt gets through beside long ones.
         """
-        want = len(first.known) - first.planned_len
-        allowed = budget.allow(first.planned_len, want)
+        want = len(req.known) - req.planned_len
+        allowed = budget.allow(req.planned_len, want)
         if allowed < want and others_want > 0:
             allowed -= min(others_want, allowed // 2)
         return allowed
