@@ -283,7 +283,7 @@ def test_failing_steps_end_their_requests_and_poison_no_other(page_size: int, se
 
 def test_followers_wait_for_their_leader_and_hit() -> None:
     async def main(radix: bool) -> int:
-        config = settings(chunked_prefill_size=64, disable_radix_cache=not radix)
+        config = settings(chunked_prefill_size=64, disable_radix_cache=not radix, trace_capacity=100)
         model = loaded(config)
         head = [i % VOCAB for i in range(320)]
         asked = [[*head, 100 + i] for i in range(6)]
@@ -291,6 +291,8 @@ def test_followers_wait_for_their_leader_and_hit() -> None:
             outputs = await engine.generate(asked, {"max_new_tokens": 4})
             for prompt, output in zip(asked, outputs, strict=True):
                 assert output.token_ids == expected(model, prompt, 4)
+            if radix:  # who only waits for the leader takes nothing of its steps
+                assert [r.num_extend_tokens for r in engine.trace()[:5]] == [64] * 5
             await check_pool(engine)
         return sum(o.usage.cached_tokens for o in outputs)
 

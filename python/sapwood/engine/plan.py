@@ -100,9 +100,16 @@ class Planner:
 
     def _continue_prompts(self, budget: StepBudget) -> None:
         """Every prompt begun gets its share, foremost first; each leaves some to those behind it."""
+        if not self.extending:
+            return
         others = sum(len(r.known) - r.planned_len for r in self.extending)
         waiting = self._scheduler.peek()
-        if waiting is not None and self._builder.num_free_rows > 0:
+        # Who waits for a prefix that is being computed takes nothing: the sooner its leader is done, the better.
+        if (
+            waiting is not None
+            and self._builder.num_free_rows > 0
+            and self._builder.pending_prefix(waiting.ns, waiting.known) <= 0
+        ):
             others += len(waiting.known)
         for req in list(self.extending):  # who gets its last token leaves the list
             others -= len(req.known) - req.planned_len
