@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import uvloop
 from fakes import VOCAB, expected, loaded, run, settings
 
 from sapwood import _core
+from sapwood.engine import async_engine
 from sapwood.engine.async_engine import AsyncEngine, Engine
 from sapwood.engine.detokenizer import Detokenizer
 from sapwood.engine.engine import EngineStats
@@ -236,6 +240,250 @@ def test_first_generate_starts_and_leaves_signals_alone() -> None:
     run(main())
 
 
+BAD_ARGUMENTS = [
+    *(
+        {"sampling_params": p}
+        for p in (5, "abc", [5], (None, None), b"x", {5: 1}, {"top_k": "many"}, {"min_p": "\ud800"}, object())
+    ),
+    *({"priority": p} for p in (2**31 + 1, -(10**400), 1.5, True)),
+    *({"timeout_s": t} for t in (float("inf"), float("nan"), 10**400, 0, -1.0, True, "1")),
+    *({"request_id": i} for i in ("", 5)),
+    {"cache_salt": 5},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_ARGUMENTS, ids=[f"{next(iter(b))}-{i}" for i, b in enumerate(BAD_ARGUMENTS)])
+def test_a_bad_argument_is_an_invalid_request(bad: dict[str, Any]) -> None:
+    async def main() -> None:
+        config = settings(schedule_policy="priority")
+        async with AsyncEngine.from_loaded(loaded(config), config) as engine:
+            with pytest.raises(InvalidRequest) as caught:
+                await engine.generate([1], **bad)
+            assert caught.value.param in (*bad, "5")  # the key 5 is taken for a sampling parameter's name
+            assert engine.stats().num_requests == 0
+
+    run(main())
+
+
+def test_the_callers_array_is_not_kept() -> None:
+    async def main() -> None:
+        config = settings()
+        model = loaded(config)
+        async with AsyncEngine.from_loaded(model, config) as engine:
+            ids = np.array([1, 2, 3], np.int32)
+            task = asyncio.ensure_future(engine.generate(ids, {"max_new_tokens": 5}))
+            await asyncio.sleep(0)  # checked, and waiting for a row
+            assert engine.stats().num_waiting == 1
+            ids[:] = VOCAB + 1
+            assert (await task).token_ids == expected(model, [1, 2, 3], 5)
+            assert (await engine.generate(np.arange(6)[::-2], {"max_new_tokens": 5})).token_ids == expected(
+                model, [5, 3, 1], 5
+            )
+
+    run(main())
+
+
+def test_the_first_failure_ends_a_list() -> None:
+    async def main() -> None:
+        config = settings()
+        model = loaded(config, runner=_core.noop_runner(1, 2000, 0))
+        async with AsyncEngine.from_loaded(model, config, Letters()) as engine:  # type: ignore[arg-type]
+            # The long one is refused in its worker; the short one would go on for seconds.
+            with pytest.raises(InvalidRequest, match="5000 tokens"):
+                await engine.generate(["ab", "a" * 5000], {"max_new_tokens": 3000})
+            assert engine.stats().num_steps < 2000
+            assert engine.stats().num_alive == 0
+
+    run(main())
+
+
+def test_a_failed_submission_leaves_no_request() -> None:
+    class Interrupt(BaseException):
+        pass
+
+    class Interrupted(Letters):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            if "?" in text:
+                raise Interrupt
+            return super().encode(text, add_special_tokens)
+
+    async def main() -> None:
+        _, engine = with_text(Interrupted())
+        async with engine:
+            with pytest.raises(Interrupt):
+                await engine.generate(["ab", "c?"], request_id="id")
+            assert engine.stats().num_alive == engine.stats().num_waiting == 0
+            await engine.generate(["ab", "c"], {"max_new_tokens": 2}, request_id="id")
+
+    run(main())
+
+
+# --- start and shutdown
+
+
+class Loading:
+    """In place of the loader: waits until `ready` is set, and counts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ready: bool = False) -> None:
+        self.ready = threading.Event()
+        self.count = 0
+        self.models: list[SimpleNamespace] = []
+        if ready:
+            self.ready.set()
+        monkeypatch.setattr(async_engine, "_load_model", self.load)
+
+    def load(self, config: Any, progress: Any) -> SimpleNamespace:
+        self.count += 1
+        assert self.ready.wait(60)
+        self.models.append(loaded(config))
+        return self.models[-1]
+
+
+def test_a_cancelled_caller_does_not_take_the_start_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        loading = Loading(monkeypatch)
+        engine = AsyncEngine("checksum", skip_tokenizer_init=True, page_size=16)
+        first, second = (asyncio.ensure_future(engine.generate([i], {"max_new_tokens": 3})) for i in (1, 2))
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        third = asyncio.ensure_future(engine.generate([3], {"max_new_tokens": 3}))
+        await asyncio.sleep(0)
+        loading.ready.set()
+        for i, task in ((2, second), (3, third)):
+            assert (await task).token_ids == expected(loading.models[0], [i], 3)
+        assert loading.count == 1
+        await engine.shutdown()
+
+    run(main())
+
+
+def test_shutdown_waits_for_a_start_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        loading = Loading(monkeypatch)
+        engine = AsyncEngine("checksum", skip_tokenizer_init=True)
+        starting = asyncio.ensure_future(engine.start())
+        await asyncio.sleep(0)
+        stopping = [asyncio.ensure_future(engine.shutdown()) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert not any(task.done() for task in (starting, *stopping))
+        stopping.pop().cancel()
+        loading.ready.set()
+        with pytest.raises(EngineDead, match="shut down"):
+            await starting
+        await stopping.pop()
+        assert engine.model is None
+
+    run(main())
+
+
+def test_a_cancelled_async_with_leaves_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        loading = Loading(monkeypatch)
+        engine = AsyncEngine("checksum", skip_tokenizer_init=True)
+
+        async def enter() -> None:
+            async with engine:
+                pass
+
+        task = asyncio.ensure_future(enter())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.sleep(0.01)
+        loading.ready.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.model is None
+        with pytest.raises(EngineDead, match="shut down"):
+            await engine.start()
+
+    run(main())
+
+
+def test_a_failed_start_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        config = settings()
+        model = loaded(config)
+        engine = AsyncEngine.from_loaded(model, config)
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "no space")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.get_running_loop(), "add_reader", full)
+            for _ in range(2):
+                with pytest.raises(OSError, match="no space"):
+                    await engine.start()
+        async with asyncio.timeout(10):
+            assert (await engine.generate([1], {"max_new_tokens": 3})).token_ids == expected(model, [1], 3)
+        await engine.shutdown()
+
+    run(main())
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_shutdown_lets_go_of_the_model(started: bool) -> None:
+    class Executor:
+        """Is there as long as its model is, and notes how often it was stopped."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.num_stops = inner, 0
+
+        def shutdown(self) -> None:
+            self.num_stops += 1
+            self.inner.shutdown()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    def make() -> tuple[Any, Any]:
+        config = settings()
+        model = loaded(config)
+        model.executor = Executor(model.executor)
+        return model, config
+
+    async def main() -> None:
+        model, config = make()
+        executor, kept = model.executor, weakref.ref(model.executor)
+        engine = AsyncEngine.from_loaded(model, config, Letters())  # type: ignore[arg-type]
+        if started:
+            await engine.generate("ab", {"max_new_tokens": 3}, timeout_s=100)
+        await engine.shutdown()
+        assert executor.num_stops == 1
+        del model, executor
+        gc.collect()
+        assert kept() is None
+        assert engine.model is None
+        assert engine.tokenizer is None
+        for look in (engine.stats, engine.trace, engine.flush_cache):
+            with pytest.raises(EngineDead, match="shut down"):
+                look()
+
+    run(main())
+    model, config = make()
+    kept = weakref.ref(model.executor)
+    engine = Engine.from_loaded(model, config)
+    if started:
+        engine.generate([1], {"max_new_tokens": 3})
+    engine.shutdown()
+    del model
+    gc.collect()
+    assert kept() is None
+    assert engine.model is None
+
+
+@pytest.mark.parametrize("own_process", [False, True])
+def test_only_a_process_of_its_own_is_frozen(own_process: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    Loading(monkeypatch, ready=True)
+    assert gc.get_freeze_count() == 0
+    with Engine("checksum", skip_tokenizer_init=True, **({"own_process": True} if own_process else {})) as engine:
+        engine.generate([1], {"max_new_tokens": 3})
+        engine.wait_idle()
+        assert (gc.get_freeze_count() > 0) == own_process
+    assert gc.get_freeze_count() == 0
+
+
 # --- the sync face
 
 
@@ -330,6 +578,97 @@ def test_an_interrupt_aborts_the_request(stream: bool) -> None:
         engine.wait_idle()
         assert engine.stats().num_steps < 2000
         assert engine.generate([1], {"max_new_tokens": 2}).token_ids == [1, 1]
+
+
+def test_an_interrupt_around_a_streams_submission_aborts_it() -> None:
+    _, engine = make_engine()
+    call, late = engine._call, []
+
+    def after(coroutine: Any) -> None:
+        call(coroutine)
+        raise KeyboardInterrupt
+
+    def before(coroutine: Any) -> None:
+        late.append(coroutine)
+        raise KeyboardInterrupt
+
+    with engine:
+        for interrupted in (after, before):
+            engine._call = interrupted  # type: ignore[method-assign]
+            with pytest.raises(KeyboardInterrupt):
+                next(engine.generate([1], {"max_new_tokens": 4000}, stream=True))
+        engine._call = call  # type: ignore[method-assign]
+        engine._call(late.pop())  # posted, but not run, when the interrupt came
+        engine.wait_idle()
+        assert engine.stats().num_requests == 1
+        assert engine.stats().num_steps < 4000
+
+
+def test_an_interrupted_shutdown_can_be_repeated() -> None:
+    model, engine = make_engine()
+    shutdown, num_calls = model.executor.shutdown, 0
+
+    class Executor:
+        def shutdown(self) -> None:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == 1:
+                raise KeyboardInterrupt
+            shutdown()
+
+    model.executor = Executor()
+    with pytest.raises(KeyboardInterrupt):
+        engine.shutdown()
+    with pytest.raises(EngineDead, match="shut down"):
+        engine.generate([1])
+    engine.shutdown()
+    engine.shutdown()
+    assert num_calls == 2
+    assert not [t for t in threading.enumerate() if t.name == "sapwood-engine"]
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("when", ["before the post", "before its turn"])
+def test_a_call_beside_a_shutdown_is_answered(
+    new_loop: Callable[[], Any], when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "_new_event_loop", new_loop)
+    _, engine = make_engine()
+    answers: list[Any] = []
+    post = asyncio.run_coroutine_threadsafe
+
+    def shut_down_first(coroutine: Any, loop: Any) -> Any:
+        thread = threading.Thread(target=engine.shutdown, daemon=True)
+        thread.start()
+        thread.join(0.2)  # nothing else waits for this call
+        return post(coroutine, loop)
+
+    def stop_first(coroutine: Any, loop: Any) -> Any:
+        posted = threading.Event()
+
+        def stop() -> None:
+            loop.stop()
+            answers.append(post(coroutine, loop))
+            posted.set()
+
+        loop.call_soon_threadsafe(stop)
+        posted.wait()
+        return answers.pop()
+
+    def client() -> None:
+        try:
+            answers.append(engine.generate([1], {"max_new_tokens": 4000}))
+        except BaseException as error:
+            answers.append(error)
+
+    patched = shut_down_first if when == "before the post" else stop_first
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", patched)
+    thread = threading.Thread(target=client, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert [type(answer) for answer in answers] == [EngineDead]
+    engine.shutdown()
 
 
 def test_engine_collected_or_left_at_exit_ends_quietly() -> None:

@@ -10,18 +10,19 @@ Neither touches signal handlers, event loop policies or global state; any number
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import difflib
 import functools
 import os
 import queue
 import random
+import sys
 import threading
 import uuid
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -39,9 +40,12 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 Params = SamplingParams | Mapping[str, Any] | None
+PARAMS = (SamplingParams, Mapping, type(None))  # the same for isinstance
 
 # Texts up to this length are encoded at once, in well under a millisecond; longer ones in a worker thread.
 MAX_INLINE_CHARS = 2000
+# Priorities become floats in the queue's order; integers of any size would not fit.
+MAX_PRIORITY = 2**31
 # Fields of generation_config.json that are defaults for sampling parameters given as a mapping or not at all.
 MODEL_DEFAULTS = ("temperature", "top_k", "top_p", "min_p")
 
@@ -173,12 +177,15 @@ class AsyncEngine:
             async for delta in engine.generate("Once upon a time", stream=True):
                 print(delta.text, end="")
 
-    model     directory in HF format or a hub id; every field of EngineConfig is a keyword
+    model        directory in HF format or a hub id; every field of EngineConfig is a keyword
+    own_process  this process is there for the engine alone, as a server's is: what lives at the engine's first idle
+                 moment is then exempt from garbage collection (gc.freeze) until shutdown
+
     Belongs to the loop in which start() (or `async with`, or the first generate()) ran, and to its thread.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
-        self._init(EngineConfig.from_kwargs(os.fspath(model), **settings))
+    def __init__(self, model: str | os.PathLike[str], *, own_process: bool = False, **settings: Any) -> None:
+        self._init(EngineConfig.from_kwargs(os.fspath(model), **settings), own_process=own_process)
 
     def _init(
         self,
@@ -194,9 +201,10 @@ class AsyncEngine:
         self._own_process = own_process
         self._steps: StepLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._starting: asyncio.Future[None] | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._closed = False
-        self._workers: ThreadPoolExecutor | None = None
+        self._workers: concurrent.futures.ThreadPoolExecutor | None = None
         self._seeds = random.Random(config.random_seed)
 
     @classmethod
@@ -209,7 +217,11 @@ class AsyncEngine:
     # --- life
 
     async def __aenter__(self) -> Self:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.shutdown()  # there will be no __aexit__
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -232,28 +244,25 @@ class AsyncEngine:
             )
         if self._steps is not None:
             return
-        if self._starting is not None:
-            await asyncio.shield(self._starting)
-            return
-        self._starting = loop.create_future()
-        try:
-            if self._model is None:
-                await self._load(loop, progress)
-            assert self._model is not None
-            if self._closed:
-                self._model.executor.shutdown()
-                raise EngineDead("the engine was shut down while it loaded")
-            self._steps = StepLoop(self._model, self.config, loop=loop, own_process=self._own_process)
-            self._steps.start()
-        except BaseException as error:
-            starting, self._starting = self._starting, None
-            starting.set_exception(error if isinstance(error, Exception) else EngineDead("start() was cancelled"))
-            starting.exception()
-            raise
-        self._starting.set_result(None)
+        # A task of its own: a caller who is cancelled does not take the start from the others. One that failed is
+        # tried again.
+        if self._starting is None or self._starting.done():
+            self._starting = loop.create_task(self._start(progress))
+        await asyncio.shield(self._starting)
 
-    async def _load(self, loop: asyncio.AbstractEventLoop, progress: Any) -> None:
+    async def _start(self, progress: Any) -> None:
+        if self._model is None:
+            await self._load(progress)
+        if self._closed:
+            raise EngineDead("the engine was shut down while it loaded")
+        assert self._model is not None
+        steps = StepLoop(self._model, self.config, loop=self._loop_of(), own_process=self._own_process)
+        steps.start()
+        self._steps = steps
+
+    async def _load(self, progress: Any) -> None:
         """Model and tokenizer, side by side in worker threads."""
+        loop = self._loop_of()
         model = loop.run_in_executor(self._pool(), _load_model, self.config, progress)
         tokenizer = loop.run_in_executor(self._pool(), _load_tokenizer, self.config)
         # Gather both whatever happens, so that no thread is left with something nobody takes. The model's error counts
@@ -267,28 +276,39 @@ class AsyncEngine:
         self._model, self._tokenizer = loaded, loaded_tokenizer
 
     async def shutdown(self) -> None:
-        """End every live request with EngineDead, wait for the running step, give the model up. Idempotent."""
-        steps = self._close()
-        if steps is not None and self._model is not None:
+        """End every live request with EngineDead, wait for the running step, give the model up. Idempotent.
+
+        A start that is under way is waited for: loading cannot be broken off.
+        """
+        self._close()
+        if self._stopping is None or self._stopping.done():
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        await asyncio.shield(self._stopping)  # once begun it is finished, whoever is cancelled
+
+    async def _stop(self) -> None:
+        if self._starting is not None and not self._starting.done():
+            await asyncio.gather(self._starting, return_exceptions=True)  # whose callers have its error
+        if self._model is not None:
             await asyncio.get_running_loop().run_in_executor(self._pool(), self._model.executor.shutdown)
         self._release()
 
-    def _close(self) -> StepLoop | None:
+    def _close(self) -> None:
         """The part of a shutdown that never blocks; on the loop's thread."""
         self._closed = True
         steps, self._steps = self._steps, None
         if steps is not None:
             steps.close()
-        return steps
 
     def _release(self) -> None:
+        """Let go of weights, KV pool and threads; the executor has stopped."""
+        self._model = self._tokenizer = None
         workers, self._workers = self._workers, None
         if workers is not None:
             workers.shutdown(wait=False)
 
-    def _pool(self) -> ThreadPoolExecutor:
+    def _pool(self) -> concurrent.futures.ThreadPoolExecutor:
         if self._workers is None:
-            self._workers = ThreadPoolExecutor(2, thread_name_prefix="sapwood-worker")
+            self._workers = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="sapwood-worker")
         return self._workers
 
     def _running(self) -> StepLoop:
@@ -346,7 +366,7 @@ class AsyncEngine:
         try:
             if not arguments.is_list:
                 return await futures[0]
-            return [await f for f in futures]
+            return await asyncio.gather(*futures)  # the first to fail ends the list
         except BaseException:
             self._cancel(requests)
             raise
@@ -361,8 +381,13 @@ class AsyncEngine:
         cache_salt: str | None,
     ) -> _Arguments:
         prompts, is_list = _split(prompt)
-        if isinstance(params, (SamplingParams, Mapping)) or params is None:
+        if isinstance(params, PARAMS):
             params = [params] * len(prompts)
+        elif not isinstance(params, (list, tuple)) or not all(isinstance(p, PARAMS) for p in params):
+            raise InvalidRequest(
+                f"sampling_params must be SamplingParams, a mapping of its fields, or a list of these, got {params!r}",
+                "sampling_params",
+            )
         elif not is_list or len(params) != len(prompts):
             raise InvalidRequest(
                 f"sampling_params is a list of {len(params)}, but there {'are' if is_list else 'is'} {len(prompts)} "
@@ -373,14 +398,20 @@ class AsyncEngine:
             request_id = uuid.uuid4().hex
         if not isinstance(request_id, str) or not request_id:
             raise InvalidRequest(f"request_id must be a non-empty string, got {request_id!r}", "request_id")
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequest(f"priority must be an integer, got {priority!r}", "priority")
-        if timeout_s is not None and not (isinstance(timeout_s, (int, float)) and timeout_s > 0):
-            raise InvalidRequest(f"timeout_s must be a positive number of seconds, got {timeout_s!r}", "timeout_s")
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+            raise InvalidRequest(f"priority must be an integer in [-2**31, 2**31], got {priority!r}", "priority")
+        if timeout_s is not None and (
+            isinstance(timeout_s, bool)
+            or not isinstance(timeout_s, (int, float))
+            or not 0 < timeout_s <= sys.float_info.max
+        ):
+            raise InvalidRequest(
+                f"timeout_s must be a finite, positive number of seconds, got {timeout_s!r}", "timeout_s"
+            )
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise InvalidRequest(f"cache_salt must be a string, got {cache_salt!r}", "cache_salt")
         ids = [f"{request_id}-{i}" for i in range(len(prompts))] if is_list else [request_id]
-        return _Arguments(prompts, params, ids, is_list, priority, timeout_s, cache_salt)
+        return _Arguments(prompts, list(params), ids, is_list, priority, timeout_s, cache_salt)
 
     def _submit(self, arguments: _Arguments, sinks: Sequence[Any], *, stream: bool) -> list[RequestState]:
         """Check everything, then register and enqueue; all prompts or none. On the loop's thread."""
@@ -396,26 +427,26 @@ class AsyncEngine:
         deadline = now + min(limits) if limits else None
         requests: list[RequestState] = []
         inline_chars = MAX_INLINE_CHARS
-        for i, (prompt, p, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
-            req = RequestState(
-                arguments.request_ids[i],
-                p,
-                sink,
-                stream=stream,
-                seed=p.seed if p.seed is not None else self._seeds.getrandbits(64),
-                index=i,
-                priority=arguments.priority,
-                salt=arguments.cache_salt,
-                submitted_s=now,
-                deadline=deadline,
-            )
-            try:
+        try:
+            for i, (prompt, p, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
+                req = RequestState(
+                    arguments.request_ids[i],
+                    p,
+                    sink,
+                    stream=stream,
+                    seed=p.seed if p.seed is not None else self._seeds.getrandbits(64),
+                    index=i,
+                    priority=arguments.priority,
+                    salt=arguments.cache_salt,
+                    submitted_s=now,
+                    deadline=deadline,
+                )
                 steps.register(req)
+                requests.append(req)
                 inline_chars -= self._tokenise(steps, req, prompt, inline_chars)
-            except BaseException:
-                self._cancel(requests)
-                raise
-            requests.append(req)
+        except BaseException:
+            self._cancel(requests)
+            raise
         return requests
 
     def _resolve(self, params: Params, model: LoadedModel) -> SamplingParams:
@@ -429,7 +460,7 @@ class AsyncEngine:
                     raise InvalidRequest(f"unknown sampling parameter {name!r}{hint}", str(name))
             try:
                 params = msgspec.convert(fields, SamplingParams)
-            except msgspec.ValidationError as error:
+            except (msgspec.ValidationError, UnicodeError) as error:
                 raise InvalidRequest(f"sampling_params: {error}", "sampling_params") from None
         params.verify(model.vocab_size)
         if params.stop and self._tokenizer is None:
@@ -517,12 +548,12 @@ class AsyncEngine:
 
     @property
     def model(self) -> LoadedModel | None:
-        """What the loader handed over; None before start()."""
+        """What the loader handed over; None before start() and after shutdown()."""
         return self._model
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer; None before start() and with skip_tokenizer_init."""
+        """The tokenizer; None as the model is, and with skip_tokenizer_init."""
         return self._tokenizer
 
     async def wait_idle(self) -> None:
@@ -557,6 +588,19 @@ class _QueueSink:
         self.items.put(error)
 
 
+class _Gate:
+    """Admits calls to an Engine's loop until it stops: what is posted to a loop that has stopped is never answered.
+
+    The lock is reentrant, for a signal handler may shut the engine down in the midst of a call.
+    """
+
+    __slots__ = ("lock", "stopped")
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.stopped = False
+
+
 class Engine:
     """An engine for programs without an event loop: it runs one of its own in a daemon thread.
 
@@ -568,10 +612,10 @@ class Engine:
     loader (progress bars).
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, progress: Any = None, **settings: Any) -> None:
-        engine = AsyncEngine.__new__(AsyncEngine)
-        engine._init(EngineConfig.from_kwargs(os.fspath(model), **settings), own_process=True)
-        self._begin(engine, progress)
+    def __init__(
+        self, model: str | os.PathLike[str], *, progress: Any = None, own_process: bool = False, **settings: Any
+    ) -> None:
+        self._begin(AsyncEngine(model, own_process=own_process, **settings), progress)
 
     @classmethod
     def from_loaded(cls, loaded: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None = None) -> Self:
@@ -586,22 +630,28 @@ class Engine:
         self._loop = _new_event_loop()
         self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="sapwood-engine", daemon=True)
         self._thread.start()
-        # Runs at shutdown(), when the engine is collected, or at the interpreter's exit: whichever comes first.
-        self._finalizer = weakref.finalize(self, _stop, engine, self._loop, self._thread)
+        self._gate = _Gate()
+        stop = functools.partial(_stop, self._gate, engine, self._loop, self._thread)
+        # Runs when the engine is collected or at the interpreter's exit, unless shutdown() came first.
+        self._finalizer = weakref.finalize(self, stop)
+        self._stop = stop
         try:
             self._call(engine.start(progress))
         except BaseException:
-            self._finalizer()
+            self.shutdown()
             raise
 
     def _call(self, coroutine: Any) -> Any:
         """Run a coroutine on the engine's loop and wait for it; an interrupt cancels it."""
-        if self._loop.is_closed() or not self._thread.is_alive():
-            coroutine.close()
-            raise EngineDead("the engine was shut down")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._gate.lock:
+            if self._gate.stopped or not self._thread.is_alive():
+                coroutine.close()
+                raise EngineDead("the engine was shut down")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:  # by the loop's end
+            raise EngineDead("the engine was shut down") from None
         except BaseException:
             future.cancel()
             raise
@@ -613,8 +663,9 @@ class Engine:
         self.shutdown()
 
     def shutdown(self) -> None:
-        """End every live request with EngineDead and stop. Idempotent."""
-        self._finalizer()
+        """End every live request with EngineDead and stop. Idempotent; if interrupted, call it again."""
+        self._stop()
+        self._finalizer.detach()  # not before: an interrupt would leave nobody to stop the engine
 
     def generate(
         self,
@@ -628,7 +679,7 @@ class Engine:
         cache_salt: str | None = None,
     ) -> Any:
         """See AsyncEngine.generate. Returns the RequestOutput or list; with stream=True an iterator of deltas."""
-        if not self._finalizer.alive:
+        if self._gate.stopped:
             raise EngineDead("the engine was shut down")
         arguments = self._engine._arguments(prompt, sampling_params, request_id, priority, timeout_s, cache_salt)
         if stream:
@@ -638,12 +689,17 @@ class Engine:
     def _stream(self, arguments: _Arguments) -> Iterator[RequestOutput]:
         sink = _QueueSink()
         num_open = len(arguments.prompts)
+        requests: list[RequestState] = []
+        left = False
 
-        async def submit() -> list[RequestState]:
-            return self._engine._submit(arguments, [sink] * num_open, stream=True)
+        async def submit() -> None:
+            if not left:
+                requests.extend(self._engine._submit(arguments, [sink] * num_open, stream=True))
 
-        requests = self._call(submit())
+        # An interrupt can come at any moment, also between the submission and its return: hence `left`, and `requests`
+        # being filled over there.
         try:
+            self._call(submit())
             while num_open:
                 item = sink.items.get()
                 if isinstance(item, BaseException):
@@ -652,6 +708,7 @@ class Engine:
                     num_open -= 1
                 yield item
         finally:
+            left = True
             if num_open:
                 self._engine._cancel_from_anywhere(requests)
 
@@ -754,6 +811,7 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_forever()
     finally:
         with contextlib.suppress(Exception):
+            loop.run_until_complete(asyncio.sleep(0))  # what was posted before the stop becomes tasks
             pending = asyncio.all_tasks(loop)
             for task in pending:
                 task.cancel()
@@ -761,29 +819,32 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _stop(engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    """Shut an Engine down from any thread, also from the garbage collector or at the interpreter's exit."""
-    if loop.is_closed() or not thread.is_alive():
+def _stop(gate: _Gate, engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Shut an Engine down from any thread, also from the garbage collector or at the interpreter's exit. Idempotent."""
+    # Stopped before; or this is a forked child, where neither threads nor locks are what they were.
+    if not thread.is_alive():
         return
-    if threading.current_thread() is thread:  # collected on its own thread, which cannot wait for itself
-        engine._close()
-        engine._release()
-        loop.stop()
-        return
-    closed = threading.Event()
-
-    def close() -> None:
-        try:
+    with gate.lock:
+        gate.stopped = True
+        if threading.current_thread() is thread:  # collected on its own thread, which cannot wait for itself
             engine._close()
-        finally:
-            closed.set()
+            engine._release()
+            loop.stop()
+            return
+        closed = threading.Event()
 
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(close)
-        closed.wait()
-    if engine.model is not None:
-        engine.model.executor.shutdown()
-    engine._release()
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(loop.stop)
-    thread.join()
+        def close() -> None:
+            try:
+                engine._close()
+            finally:
+                closed.set()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(close)
+            closed.wait()
+        if engine.model is not None:
+            engine.model.executor.shutdown()
+        engine._release()
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(loop.stop)
+        thread.join()

@@ -13,6 +13,7 @@ CPU.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import heapq
 import logging
@@ -263,12 +264,16 @@ class StepLoop:
             raise InvalidRequest(f"request_id {req.id!r} is in use by a running request; choose another", "request_id")
         self.check_capacity(1)
         self._requests[req.id] = req
+        try:
+            if req.deadline is not None:
+                self._deadline_no += 1
+                heapq.heappush(self._deadlines, (req.deadline, self._deadline_no, req.id))
+                self._arm_timer()
+        except BaseException:
+            del self._requests[req.id]  # its deadline, if noted, finds nobody
+            raise
         self._num_new += 1
         self._num_requests += 1
-        if req.deadline is not None:
-            self._deadline_no += 1
-            heapq.heappush(self._deadlines, (req.deadline, self._deadline_no, req.id))
-            self._arm_timer()
 
     def check_capacity(self, num_new: int) -> None:
         """Raise CapacityError where num_new more requests exceed max_queued_requests."""
@@ -297,6 +302,7 @@ class StepLoop:
                 seed=req.seed,
                 index=req.index,
             )
+            self._scheduler.push(req)
         except InvalidRequest as error:
             self.refuse(req, error)
             raise
@@ -306,7 +312,6 @@ class StepLoop:
             return
         self._num_new -= 1
         req.phase = Phase.WAITING
-        self._scheduler.push(req)
         self._wake()
 
     def _fix_limits(self, req: RequestState, prompt: Ints) -> None:
@@ -374,11 +379,13 @@ class StepLoop:
         if req.row >= 0:
             self._planner.forget(req, keep=not failed, failed=failed)
             self._wake()  # a row and pages came free
-        elif phase == Phase.WAITING:
-            self._scheduler.remove(req)
+        else:
+            if phase == Phase.NEW:
+                self._num_new -= 1
+            # NEW is not in the queue, WAITING is; an interrupt in enqueue() may have left it otherwise.
+            with contextlib.suppress(KeyError):
+                self._scheduler.remove(req)
             self._wake()  # who waited behind it may be next
-        elif phase == Phase.NEW:
-            self._num_new -= 1
         req.phase = Phase.DONE
         self._requests.pop(req.id, None)
         output = req.output
@@ -416,12 +423,12 @@ class StepLoop:
                 self._timer = None
             return
         when = deadlines[0][0]
+        if self._timer is not None and self._timer_s <= when:
+            return
+        timer = self._loop.call_at(when, self._on_deadline)  # where this raises, the old timer still stands
         if self._timer is not None:
-            if self._timer_s <= when:
-                return
             self._timer.cancel()
-        self._timer_s = when  # kept here: not every loop's handle knows
-        self._timer = self._loop.call_at(when, self._on_deadline)
+        self._timer, self._timer_s = timer, when  # kept here: not every loop's handle knows when
 
     def _on_deadline(self) -> None:
         self._timer = None
@@ -465,8 +472,10 @@ class StepLoop:
                         # No result will ever wake us: better dead with a name than asleep for ever.
                         raise InternalError(f"nothing to plan and nothing in flight, yet requests live: {self.stats()}")
                     break
-        except Exception as problem:
+        except BaseException as problem:
             self._die(problem)
+            if not isinstance(problem, Exception):
+                raise  # an interrupt that hit this callback is the program's own
 
     def _launch(self) -> bool:
         """Plan one step and submit it; False where there was nothing to compute."""
@@ -534,8 +543,10 @@ class StepLoop:
                     if step_id == late_head and self._head_ms >= LATE_HEAD_MS:
                         self._num_early_steps = EARLY_STEPS_AFTER_MISS
                     self._commit(result)
-        except Exception as problem:
+        except BaseException as problem:
             self._die(problem)
+            if not isinstance(problem, Exception):
+                raise  # as in _pump
             return
         self._pump()
         self._note_idle()
@@ -685,9 +696,12 @@ class StepLoop:
 
 
 def as_prompt(ids: Any, vocab_size: int) -> Ints:
-    """Token ids as int32. Raises InvalidRequest unless they are a non-empty sequence of integers in [0, vocab_size)."""
+    """Token ids as an int32 array of our own: the caller may write to the one it gave at any time.
+
+    Raises InvalidRequest unless they are a non-empty sequence of integers in [0, vocab_size).
+    """
     try:
-        array = np.asarray(ids)
+        array = np.array(ids, order="C")
     except (ValueError, OverflowError) as error:
         raise InvalidRequest(f"prompt must be a list of token ids: {error}", "prompt") from None
     if array.ndim != 1 or array.size == 0:
@@ -697,4 +711,4 @@ def as_prompt(ids: Any, vocab_size: int) -> Ints:
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= vocab_size:
         raise InvalidRequest(f"prompt token ids must be in [0, {vocab_size}), got {low if low < 0 else high}", "prompt")
-    return np.ascontiguousarray(array, dtype=np.int32)
+    return array.astype(np.int32, copy=False)
