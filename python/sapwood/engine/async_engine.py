@@ -841,7 +841,11 @@ def _stop(gate: _Gate, engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thr
 
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(close)
-            closed.wait()
+            # A loop that is ending already, because somebody stopped it, may never come to it.
+            while not closed.wait(0.1) and thread.is_alive():
+                pass
+        if not closed.is_set():
+            engine._close()
         if engine.model is not None:
             engine.model.executor.shutdown()
         engine._release()
