@@ -149,6 +149,17 @@ class Reader {
 
 }  // namespace
 
+const char* ItemKindName(ItemKind kind) {
+  switch (kind) {
+    case ItemKind::kExtend: return "extend";
+    case ItemKind::kDecode: return "decode";
+    case ItemKind::kVerify: return "verify";
+    case ItemKind::kScore: return "score";
+    case ItemKind::kResume: return "resume";
+  }
+  return "unknown";
+}
+
 std::vector<uint8_t> StepPlan::Serialize() const {
   SizeCounter counter;
   counter(kMagic), counter(kVersion);

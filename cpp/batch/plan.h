@@ -45,6 +45,7 @@ struct RowOp {
 };
 
 enum class ItemKind : uint8_t { kExtend, kDecode, kVerify, kScore, kResume };
+const char* ItemKindName(ItemKind kind);  // "extend", ...; "unknown" for foreign bytes
 
 struct PlanItem {
   int32_t row;

@@ -12,17 +12,6 @@
 namespace sapwood {
 namespace {
 
-const char* Name(ItemKind kind) {
-  switch (kind) {
-    case ItemKind::kExtend: return "extend";
-    case ItemKind::kDecode: return "decode";
-    case ItemKind::kVerify: return "verify";
-    case ItemKind::kScore: return "score";
-    case ItemKind::kResume: return "resume";
-  }
-  return "unknown";
-}
-
 // ids[begin, begin + count), or InternalError.
 std::span<const int32_t> Slice(const std::vector<int32_t>& ids, int32_t begin, int32_t count, const char* what) {
   SAPWOOD_CHECK(begin >= 0 && count >= 0 && int64_t{begin} + count <= static_cast<int64_t>(ids.size()), what, " [",
@@ -118,9 +107,9 @@ void RowTable::Prepare(const StepPlan& plan, StepBatch* out) {
     const PlanItem& item = plan.items[i];
     SAPWOOD_CHECK(item.row >= 0 && item.row < max_rows(), "item ", i, " names row ", item.row, " of ", max_rows());
     const bool decode = item.kind == ItemKind::kDecode;
-    SAPWOOD_CHECK(decode || item.kind == ItemKind::kExtend, "item ", i, ": ", Name(item.kind),
+    SAPWOOD_CHECK(decode || item.kind == ItemKind::kExtend, "item ", i, ": ", ItemKindName(item.kind),
                   " is not supported by this executor");
-    SAPWOOD_CHECK(item.q_len >= 1 && (!decode || item.q_len == 1), "item ", i, ": ", Name(item.kind), " of ",
+    SAPWOOD_CHECK(item.q_len >= 1 && (!decode || item.q_len == 1), "item ", i, ": ", ItemKindName(item.kind), " of ",
                   item.q_len, " tokens");
     SAPWOOD_CHECK(item.logit_from >= 0 && item.logit_from <= item.q_len, "item ", i, ": logit_from ", item.logit_from,
                   " of ", item.q_len);

@@ -10,17 +10,6 @@
 namespace sapwood::bindings {
 namespace {
 
-const char* ItemKindName(ItemKind kind) {
-  switch (kind) {
-    case ItemKind::kExtend: return "extend";
-    case ItemKind::kDecode: return "decode";
-    case ItemKind::kVerify: return "verify";
-    case ItemKind::kScore: return "score";
-    case ItemKind::kResume: return "resume";
-  }
-  return "?";
-}
-
 const char* PhaseName(RowPhase phase) {
   switch (phase) {
     case RowPhase::kFree: return "free";
