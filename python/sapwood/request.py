@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
 from sapwood.errors import InvalidRequest
 
 MAX_SEED = 2**64 - 1
+MAX_N = 128
 FLAGS = ("ignore_eos", "return_logprob", "skip_special_tokens")
 
 
@@ -36,6 +39,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids   token ids that end the request, besides the model's own end tokens
     ignore_eos       do not end on the model's end tokens (stop_token_ids still end)
     seed             0 .. 2**64-1; None draws one, reported in the output, so that any result can be repeated
+    n                choices to generate for the prompt, 1..MAX_N; they share its tokens in the prefix cache. With one seed
+                     they still differ
     return_logprob   report log-probabilities of the chosen tokens (raw distribution, before temperature)
     skip_special_tokens  leave special tokens out of the text
 
@@ -53,6 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     seed: int | None = None
+    n: int = 1
     return_logprob: bool = False
     skip_special_tokens: bool = True
 
@@ -71,6 +77,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             value = getattr(self, name)
             if not _is_int(value):
                 raise InvalidRequest(f"{name} must be an integer, got {value!r}", name)
+        if not _is_int(self.n) or not 1 <= self.n <= MAX_N:
+            raise InvalidRequest(f"n must be an integer in [1, {MAX_N}], got {self.n!r}", "n")
         for name in FLAGS:
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -129,6 +137,29 @@ def _is_finite(value: object) -> bool:
         return False
 
 
+class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """Chat messages with what the template shall do with them; bare lists of messages are ChatPrompt's defaults.
+
+    messages                 [{"role": ..., "content": ...}, ...]
+    add_generation_prompt    end with the opening of the assistant's turn
+    continue_final_message   leave the last message open, so that the model continues it (no generation prompt then)
+    template_kwargs          further variables of the template, such as enable_thinking
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = MappingProxyType({})
+
+
+class ErrorType(enum.StrEnum):
+    """What kind of trouble ended a request with ABORT. TIMEOUT: its deadline; CAPACITY: the KV pool cannot hold it."""
+
+    TIMEOUT = "timeout"
+    CAPACITY = "capacity"
+    INTERNAL = "internal"
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Token counts. cached_tokens: prompt tokens whose KV was found in the prefix cache (at first admission)."""
 
@@ -137,11 +168,24 @@ class Usage(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class Timing(msgspec.Struct, frozen=True):
+    """A request's times in seconds since its submission; None where it did not get so far.
+
+    admitted_s      it got a row (until then it was tokenised and waited)
+    first_token_s   its first token was known
+    total_s         its end
+    """
+
+    admitted_s: float | None
+    first_token_s: float | None
+    total_s: float
+
+
 class RequestOutput(msgspec.Struct):
     """One output of a request; with stream=True one per step, the last with `finish_reason` set.
 
     text, token_ids, logprobs   what is new since the last output when streaming (deltas), else everything
-    error                       what went wrong, where finish_reason is ABORT and the caller did not abort it
+    error, error_type           what went wrong, where finish_reason is ABORT and the caller did not abort it
     """
 
     request_id: str
@@ -150,7 +194,10 @@ class RequestOutput(msgspec.Struct):
     finish_reason: FinishReason | None
     usage: Usage
     index: int = 0  # which prompt of a list this belongs to
+    choice: int = 0  # which of its n choices
     seed: int = 0
     matched_stop: str | int | None = None
     logprobs: list[float] | None = None
     error: str | None = None
+    error_type: ErrorType | None = None
+    timing: Timing | None = None  # of the final output

@@ -24,7 +24,7 @@ from sapwood.engine.async_engine import AsyncEngine, Engine
 from sapwood.engine.detokenizer import Detokenizer
 from sapwood.engine.engine import EngineStats
 from sapwood.errors import EngineDead, InvalidRequest
-from sapwood.request import FinishReason, RequestOutput, SamplingParams
+from sapwood.request import ChatPrompt, FinishReason, RequestOutput, SamplingParams
 
 ALPHABET = [chr(ord("a") + i) for i in range(26)] + [chr(0x400 + i) for i in range(VOCAB - 26)]
 
@@ -55,8 +55,8 @@ class Letters:
     def table(self, skip_special_tokens: bool) -> None:
         return None
 
-    def apply_chat_template(self, messages: Any, add_generation_prompt: bool = True, **_: Any) -> str:
-        return "".join(m["content"] for m in messages) + ("z" if add_generation_prompt else "")
+    def encode_chat(self, chat: ChatPrompt) -> list[int]:
+        return self.encode("".join(m["content"] for m in chat.messages) + ("z" if chat.add_generation_prompt else ""))
 
 
 def text_of(ids: list[int]) -> str:
@@ -83,6 +83,8 @@ def test_prompts_of_every_form() -> None:
                 assert (await engine.generate(form, params)).token_ids == want
             chat = await engine.generate([{"role": "user", "content": "ab"}], params)
             assert chat.token_ids == expected(model, [0, 1, 25], 6)
+            open_end = ChatPrompt(messages=[{"role": "user", "content": "abc"}], add_generation_prompt=False)
+            assert (await engine.generate(open_end, params)).token_ids == want
             batch = await engine.generate(["abc", [0, 1, 2], [{"role": "user", "content": "ab"}]], params)
             assert [o.token_ids for o in batch] == [want, want, chat.token_ids]
             assert [o.index for o in batch] == [0, 1, 2]
@@ -97,6 +99,28 @@ def test_prompts_of_every_form() -> None:
                     await engine.generate(bad)  # type: ignore[arg-type]
             assert engine.model is model
             assert engine.tokenizer is not None
+
+    run(main())
+
+
+def test_choices() -> None:
+    """n choices of a prompt: each a request of its own, told apart by `choice`, all with the prompt's one seed."""
+
+    async def main() -> None:
+        model, engine = with_text()
+        want = expected(model, [0, 1, 2], 4)
+        async with engine:
+            one = await engine.generate("abc", {"n": 3, "max_new_tokens": 4, "seed": 5}, request_id="r")
+            assert [(o.request_id, o.index, o.choice, o.seed) for o in one] == [(f"r-{i}", 0, i, 5) for i in range(3)]
+            assert all(o.token_ids == want for o in one)
+            several = await engine.generate(["abc", "b"], [{"n": 2, "max_new_tokens": 4}, {"max_new_tokens": 2}])
+            assert [(o.index, o.choice, len(o.token_ids)) for o in several] == [(0, 0, 4), (0, 1, 4), (1, 0, 2)]
+            assert len({several[0].seed, several[1].seed}) == 1
+            parts: dict[int, list[int]] = {}
+            async for delta in engine.generate("abc", {"n": 3, "max_new_tokens": 4}, stream=True):
+                parts.setdefault(delta.choice, []).extend(delta.token_ids)
+            assert parts == {0: want, 1: want, 2: want}
+            assert engine.stats().num_alive == 0
 
     run(main())
 

@@ -45,6 +45,15 @@ def test_four_stories_from_text(engine: Engine, cases: list[dict]) -> None:
         assert output.usage.completion_tokens == 160
 
 
+def test_choices_of_one_seed_differ_and_can_be_repeated(engine: Engine) -> None:
+    first, again = [
+        [o.token_ids for o in engine.generate("Once upon a time", SamplingParams(n=4, max_new_tokens=24, seed=3))]
+        for _ in range(2)
+    ]
+    assert first == again
+    assert len({tuple(ids) for ids in first}) == 4
+
+
 def test_streamed_text_is_the_text(engine: Engine, cases: list[dict]) -> None:
     for case in cases:
         deltas = list(engine.generate(case["input_ids"], GREEDY, stream=True))

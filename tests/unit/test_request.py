@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from sapwood.errors import InvalidRequest, SapwoodError
-from sapwood.request import MAX_SEED, FinishReason, RequestOutput, SamplingParams, Usage
+from sapwood.request import MAX_N, MAX_SEED, FinishReason, RequestOutput, SamplingParams, Usage
 
 BAD = (
     ("temperature", (-0.1, math.nan, math.inf, True, "1", None, 10**400)),
@@ -21,6 +21,7 @@ BAD = (
     ("stop", ("", [""], ["a", ""], [1], ["x"] * 65, 5, True, b"ab", {"a"})),
     ("stop_token_ids", ([-1], [1.5], [True], ["1"], [0] * 257, [1000], 5, {5}, "5")),
     ("seed", (-1, MAX_SEED + 1, 1.5, "1", True)),
+    ("n", (0, -1, MAX_N + 1, 1.5, "1", True, None)),
     ("ignore_eos", (0, 1, None, "no")),
     ("return_logprob", (0, 1, None, "yes")),
     ("skip_special_tokens", (0, 1, None, "no")),
@@ -35,6 +36,7 @@ GOOD = (
     ("stop", (None, "x", [], ["x"], ("x", "y"), ["x"] * 64)),
     ("stop_token_ids", (None, [], [0], (999,), [0] * 256)),
     ("seed", (None, 0, MAX_SEED)),
+    ("n", (1, MAX_N)),
     ("ignore_eos", (True, False)),
     ("return_logprob", (True, False)),
     ("skip_special_tokens", (True, False)),

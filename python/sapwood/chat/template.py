@@ -30,7 +30,7 @@ MAX_LOOP_TURNS: Final = 200_000  # of one rendering: under a second, where a lon
 MAX_TEXT_LEN: Final = 1 << 24  # characters: the longest contexts of 2026 are a quarter of it
 MAX_NUMBER_BITS: Final = 4096
 WIDE_FORMAT: Final = re.compile(r"\d{5,}|\*")
-RESERVED: Final = ("messages", "tools", "add_generation_prompt")
+RESERVED: Final = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
 class ChatTemplate:
@@ -55,6 +55,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
@@ -62,12 +63,16 @@ class ChatTemplate:
 
         messages   [{"role": ..., "content": ...}, ...]; further keys are the template's business
         tools      JSON schemas of functions
+        continue_final_message   end with the last message's content, as in HF: what the template writes behind it is
+                   cut off; add_generation_prompt is then without effect
         Raises InvalidRequest: no template, malformed messages, or whatever the template objects to.
         """
         _check_messages(messages, tools)
         taken = next((name for name in variables if name in RESERVED), None)
         if taken is not None:
             raise InvalidRequest(f"chat template: {taken!r} is an argument of its own, not a template variable", taken)
+        if continue_final_message:
+            add_generation_prompt = False
         template = self._template("tool_use" if tools and "tool_use" in self._sources else "default")
         environment: Any = template.environment
         try:
@@ -86,7 +91,8 @@ class ChatTemplate:
                 if size > MAX_TEXT_LEN:
                     raise InvalidRequest(f"chat template: its output exceeds {MAX_TEXT_LEN} characters", "messages")
                 chunks.append(chunk)
-            return "".join(chunks)
+            text = "".join(chunks)
+            return _cut_behind(text, messages[-1].get("content")) if continue_final_message else text
         except SapwoodError:
             raise
         except Exception as error:  # the template's own code ran: any exception is its verdict on these messages
@@ -164,6 +170,17 @@ def _check_messages(messages: Any, tools: Any) -> None:
             )
     if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
         raise InvalidRequest(f"tools must be a list of JSON schemas, got {tools!r:.100}", "tools")
+
+
+def _cut_behind(text: str, content: Any) -> str:
+    """text up to the end of its last occurrence of content, which the template may have stripped."""
+    content = content.strip() if isinstance(content, str) else ""
+    at = text.rfind(content) if content else -1
+    if at < 0:
+        raise InvalidRequest(
+            "continue_final_message: the last message needs text that the chat template shows as it is", "messages"
+        )
+    return text[: at + len(content)]
 
 
 def _is_list(value: Any) -> bool:

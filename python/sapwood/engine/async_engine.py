@@ -30,15 +30,15 @@ import numpy as np
 
 from sapwood.config import EngineConfig
 from sapwood.engine.engine import EngineStats, LoadedModel, StepLoop, StepRecord, as_prompt
-from sapwood.engine.request_state import RequestState
+from sapwood.engine.request_state import Ints, RequestState, Sink
 from sapwood.errors import EngineDead, InvalidRequest
-from sapwood.request import RequestOutput, SamplingParams
+from sapwood.request import ChatPrompt, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from sapwood.engine.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
 Params = SamplingParams | Mapping[str, Any] | None
 PARAMS = (SamplingParams, Mapping, type(None))  # the same for isinstance
 
@@ -74,7 +74,7 @@ class _Arguments(msgspec.Struct):
 
     prompts: list[Any]
     params: list[SamplingParams]
-    request_ids: list[str]
+    request_id: str
     is_list: bool
     priority: int
     timeout_s: float | None
@@ -103,7 +103,8 @@ class _StreamSink:
 
 
 class OutputStream(AsyncIterator[RequestOutput]):
-    """The outputs of one or several requests as they come; `.index` says which prompt of a list an output belongs to.
+    """The outputs of one or several requests as they come; `.index` says which prompt of a list an output belongs to,
+    `.choice` which of its n choices.
 
     The requests are submitted by the first `async for` step. Leaving early aborts what still runs: cancel the task,
     `await aclose()`, or drop the iterator. Belongs to one task.
@@ -114,7 +115,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
         self._arguments: _Arguments | None = arguments
         self._sink = _StreamSink()
         self._requests: list[RequestState] = []
-        self._num_open = len(arguments.prompts)
+        self._num_open = 1  # until it is known how many requests it comes to
 
     def __aiter__(self) -> Self:
         return self
@@ -143,12 +144,20 @@ class OutputStream(AsyncIterator[RequestOutput]):
             finally:
                 sink.waiter = None
 
+    def ready(self) -> list[RequestOutput]:
+        """The outputs that are there already, without waiting: what a consumer that fell behind may take at once."""
+        outputs = list(self._sink.outputs)
+        self._sink.outputs.clear()
+        self._num_open -= sum(output.finish_reason is not None for output in outputs)
+        return outputs
+
     async def _submit(self) -> None:
         arguments, self._arguments = self._arguments, None
         assert arguments is not None
         try:
             await self._engine.start()
-            self._requests = self._engine._submit(arguments, [self._sink] * self._num_open, stream=True)
+            self._requests = self._engine._submit(arguments, lambda: self._sink, stream=True)
+            self._num_open = len(self._requests)
         except BaseException:
             self._num_open = 0
             raise
@@ -341,10 +350,10 @@ class AsyncEngine:
 
         sampling_params  SamplingParams, or a mapping of its fields, whose missing ones (as those of None) are the
                          model's own (generation_config.json) where it has them; a list gives every prompt its own
-        stream           False: an awaitable of a RequestOutput (of a list of them for a list of prompts).
-                         True: an OutputStream; each output holds what is new, `.index` is the prompt's place in the
-                         list
-        request_id       for abort(); of a list, the requests are "<id>-0", "<id>-1", ...
+        stream           False: an awaitable of a RequestOutput; of a list of them for a list of prompts, or where
+                         n > 1: every prompt's choices in order. True: an OutputStream; each output holds what is new,
+                         `.index` is the prompt's place in the list, `.choice` the choice
+        request_id       for abort(); where they are several, the requests are "<id>-0", "<id>-1", ...
         priority         larger is sooner, under schedule_policy "priority"; and later to be retracted
         timeout_s        deadline from now on; at most the setting request_timeout_s
         cache_salt       requests with different salts never share cached prefixes
@@ -361,10 +370,15 @@ class AsyncEngine:
     async def _generate(self, arguments: _Arguments) -> RequestOutput | list[RequestOutput]:
         await self.start()
         loop = self._loop_of()
-        futures: list[asyncio.Future[RequestOutput]] = [loop.create_future() for _ in arguments.prompts]
-        requests = self._submit(arguments, [_FutureSink(f) for f in futures], stream=False)
+        futures: list[asyncio.Future[RequestOutput]] = []
+
+        def sink() -> _FutureSink:
+            futures.append(loop.create_future())
+            return _FutureSink(futures[-1])
+
+        requests = self._submit(arguments, sink, stream=False)
         try:
-            if not arguments.is_list:
+            if not arguments.is_list and len(futures) == 1:
                 return await futures[0]
             return await asyncio.gather(*futures)  # the first to fail ends the list
         except BaseException:
@@ -410,40 +424,48 @@ class AsyncEngine:
             )
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise InvalidRequest(f"cache_salt must be a string, got {cache_salt!r}", "cache_salt")
-        ids = [f"{request_id}-{i}" for i in range(len(prompts))] if is_list else [request_id]
-        return _Arguments(prompts, list(params), ids, is_list, priority, timeout_s, cache_salt)
+        return _Arguments(prompts, list(params), request_id, is_list, priority, timeout_s, cache_salt)
 
-    def _submit(self, arguments: _Arguments, sinks: Sequence[Any], *, stream: bool) -> list[RequestState]:
-        """Check everything, then register and enqueue; all prompts or none. On the loop's thread."""
+    def _submit(self, arguments: _Arguments, sink: Callable[[], Sink], *, stream: bool) -> list[RequestState]:
+        """Check everything, then register and enqueue; all prompts and choices or none. On the loop's thread.
+
+        sink makes the sink of the next request; they are made in the order of prompts, then choices.
+        """
         steps = self._running()
         model, loop = self._model, self._loop_of()
         assert model is not None
         params = [self._resolve(p, model) for p in arguments.params]
         prompts = [self._checked(p, model) for p in arguments.prompts]
         steps.check_alive()
-        steps.check_capacity(len(prompts))
+        num_requests = sum(p.n for p in params)
+        steps.check_capacity(num_requests)
+        is_single = num_requests == 1 and not arguments.is_list
         now = loop.time()
         limits = [t for t in (arguments.timeout_s, self.config.request_timeout_s) if t is not None]
         deadline = now + min(limits) if limits else None
         requests: list[RequestState] = []
         inline_chars = MAX_INLINE_CHARS
         try:
-            for i, (prompt, p, sink) in enumerate(zip(prompts, params, sinks, strict=True)):
-                req = RequestState(
-                    arguments.request_ids[i],
-                    p,
-                    sink,
-                    stream=stream,
-                    seed=p.seed if p.seed is not None else self._seeds.getrandbits(64),
-                    index=i,
-                    priority=arguments.priority,
-                    salt=arguments.cache_salt,
-                    submitted_s=now,
-                    deadline=deadline,
-                )
-                steps.register(req)
-                requests.append(req)
-                inline_chars -= self._tokenise(steps, req, prompt, inline_chars)
+            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+                seed = p.seed if p.seed is not None else self._seeds.getrandbits(64)
+                for choice in range(p.n):
+                    req = RequestState(
+                        arguments.request_id if is_single else f"{arguments.request_id}-{len(requests)}",
+                        p,
+                        sink(),
+                        group=arguments.request_id,
+                        stream=stream,
+                        seed=seed,
+                        index=i,
+                        choice=choice,
+                        priority=arguments.priority,
+                        salt=arguments.cache_salt,
+                        submitted_s=now,
+                        deadline=deadline,
+                    )
+                    steps.register(req)
+                    requests.append(req)
+                inline_chars -= self._tokenise(steps, requests[-p.n :], prompt, inline_chars)
         except BaseException:
             self._cancel(requests)
             raise
@@ -471,7 +493,7 @@ class AsyncEngine:
 
     def _checked(self, prompt: Any, model: LoadedModel) -> Any:
         """Token ids as int32; text and messages as they are, if there is a tokenizer for them."""
-        if isinstance(prompt, str) or _is_messages(prompt):
+        if isinstance(prompt, (str, ChatPrompt)) or _is_messages(prompt):
             if self._tokenizer is None:
                 raise InvalidRequest(
                     "a prompt of text or messages needs a tokenizer, and there is none (skip_tokenizer_init); "
@@ -481,42 +503,51 @@ class AsyncEngine:
             return prompt
         return as_prompt(prompt, model.vocab_size)
 
-    def _tokenise(self, steps: StepLoop, req: RequestState, prompt: Any, inline_chars: int) -> int:
-        """Enqueue req once its tokens are there; up to inline_chars at once. Returns how many were encoded here."""
+    def _tokenise(self, steps: StepLoop, requests: Sequence[RequestState], prompt: Any, inline_chars: int) -> int:
+        """Enqueue the choices of a prompt once its tokens are there; texts up to inline_chars at once.
+
+        Returns how many characters were encoded here.
+        """
         if isinstance(prompt, np.ndarray):
-            steps.enqueue(req, prompt, self._decoder(req.params))
+            self._enqueue(steps, requests, prompt)
             return 0
-        length = len(prompt) if isinstance(prompt, str) else sum(len(str(m)) for m in prompt)
+        length = _text_len(prompt)
         assert self._tokenizer is not None and self._model is not None
         encode = functools.partial(_encode, self._tokenizer, prompt, self._model.vocab_size)
         if length > inline_chars:
-            done = functools.partial(self._encoded, steps, req)
+            done = functools.partial(self._encoded, steps, requests)
             self._loop_of().run_in_executor(self._pool(), encode).add_done_callback(done)
             return 0
         try:
             ids = encode()
         except InvalidRequest as error:
-            steps.refuse(req, error)
+            for req in requests:
+                steps.refuse(req, error)
             raise
         except Exception as error:
-            steps.fail(req, error)
+            for req in requests:
+                steps.fail(req, error)
         else:
-            steps.enqueue(req, ids, self._decoder(req.params))
+            self._enqueue(steps, requests, ids)
         return length
 
-    def _encoded(self, steps: StepLoop, req: RequestState, future: asyncio.Future[np.ndarray[Any, Any]]) -> None:
+    def _encoded(
+        self, steps: StepLoop, requests: Sequence[RequestState], future: asyncio.Future[np.ndarray[Any, Any]]
+    ) -> None:
         """A worker has encoded a long text; back on the loop's thread. Nobody is there to catch what is raised here."""
-        if future.cancelled():
-            steps.fail(req, EngineDead("tokenising was cancelled"))
-            return
-        error = future.exception()
-        if isinstance(error, InvalidRequest):
-            steps.refuse(req, error)
-        elif error is not None:
-            steps.fail(req, error)
-        else:
-            with contextlib.suppress(InvalidRequest):  # the sink has it
-                steps.enqueue(req, future.result(), self._decoder(req.params))
+        error = EngineDead("tokenising was cancelled") if future.cancelled() else future.exception()
+        for req in requests:
+            if isinstance(error, InvalidRequest):
+                steps.refuse(req, error)
+            elif error is not None:
+                steps.fail(req, error)
+            else:
+                with contextlib.suppress(InvalidRequest):  # the sink has it
+                    self._enqueue(steps, [req], future.result())
+
+    def _enqueue(self, steps: StepLoop, requests: Sequence[RequestState], ids: Ints) -> None:
+        for req in requests:
+            steps.enqueue(req, ids, self._decoder(req.params))
 
     def _decoder(self, params: SamplingParams) -> Callable[[], Any] | None:
         if self._tokenizer is None:
@@ -528,7 +559,7 @@ class AsyncEngine:
     def abort(self, request_id: str) -> bool:
         """End a request wherever it is, with finish_reason ABORT; False where no such request lives.
 
-        On the loop's thread.
+        The id given to generate() ends all of its prompts and choices. On the loop's thread.
         """
         return self._steps is not None and self._steps.abort(request_id)
 
@@ -555,6 +586,11 @@ class AsyncEngine:
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None as the model is, and with skip_tokenizer_init."""
         return self._tokenizer
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can be served: started, not shut down, and its step loop has not failed."""
+        return self._steps is not None and self._steps.is_alive
 
     async def wait_idle(self) -> None:
         """Return once no request lives and no step is in flight."""
@@ -688,18 +724,19 @@ class Engine:
 
     def _stream(self, arguments: _Arguments) -> Iterator[RequestOutput]:
         sink = _QueueSink()
-        num_open = len(arguments.prompts)
+        num_open = 1  # until it is known how many requests it comes to
         requests: list[RequestState] = []
         left = False
 
         async def submit() -> None:
             if not left:
-                requests.extend(self._engine._submit(arguments, [sink] * num_open, stream=True))
+                requests.extend(self._engine._submit(arguments, lambda: sink, stream=True))
 
         # An interrupt can come at any moment, also between the submission and its return: hence `left`, and `requests`
         # being filled over there.
         try:
             self._call(submit())
+            num_open = len(requests)
             while num_open:
                 item = sink.items.get()
                 if isinstance(item, BaseException):
@@ -769,10 +806,8 @@ def _encode(tokenizer: Tokenizer, prompt: Any, vocab_size: int) -> np.ndarray[An
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
     else:
-        # The template writes the special tokens itself.
-        ids = tokenizer.encode(
-            tokenizer.apply_chat_template(prompt, add_generation_prompt=True), add_special_tokens=False
-        )
+        chat = prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(messages=prompt)
+        ids = tokenizer.encode_chat(chat)
     if not ids:
         raise InvalidRequest("prompt has no tokens; give at least one", "prompt")
     return as_prompt(ids, vocab_size)
@@ -782,14 +817,22 @@ def _is_messages(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
+def _text_len(prompt: Any) -> int:
+    """Characters of a text or of messages, about."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    messages = prompt.messages if isinstance(prompt, ChatPrompt) else prompt
+    return sum(len(str(message)) for message in messages)
+
+
 def _split(prompt: Any) -> tuple[list[Any], bool]:
     """One prompt as a list of one, and whether it was a list of prompts."""
-    if isinstance(prompt, (str, np.ndarray)) or _is_messages(prompt):
+    if isinstance(prompt, (str, np.ndarray, ChatPrompt)) or _is_messages(prompt):
         return [prompt], False
     if isinstance(prompt, (list, tuple, range)):
         if not prompt:
             raise InvalidRequest("prompt is empty; give text, token ids, messages, or a list of them", "prompt")
-        if isinstance(prompt[0], (str, list, tuple, range, np.ndarray)):
+        if isinstance(prompt[0], (str, list, tuple, range, np.ndarray, ChatPrompt)):
             return list(prompt), True
         return [prompt], False
     raise InvalidRequest(

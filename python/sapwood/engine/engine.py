@@ -33,7 +33,7 @@ from sapwood.engine.request_state import Ints, Phase, RequestState
 from sapwood.engine.scheduler import Scheduler
 from sapwood.errors import CapacityError, EngineDead, InternalError, InvalidRequest
 from sapwood.memory.prefix_cache import PagePool, make_cache, namespace_id
-from sapwood.request import FinishReason
+from sapwood.request import ErrorType, FinishReason
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """The engine at one moment.
 
     num_steps        steps whose results were taken in: the liveness counter
+    step_age_s       seconds since it last moved (or a step was launched into idleness); 0 while no step is in flight
     num_in_flight    steps launched, not yet committed; at most 2
     num_requests     requests registered since the start; num_alive of them have not ended
     num_waiting      requests in the queue; num_running have a row
@@ -124,6 +125,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     num_steps: int
+    step_age_s: float
     num_in_flight: int
     num_requests: int
     num_alive: int
@@ -206,6 +208,7 @@ class StepLoop:
             deque(maxlen=config.trace_capacity) if config.trace_capacity > 0 else None
         )
         self._num_steps = 0
+        self._moved_ns = 0  # when a step was last taken in, or launched into idleness
         self._num_requests = 0
         self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
         self._plan_ns = self._commit_ns = self._output_ns = 0
@@ -246,6 +249,11 @@ class StepLoop:
         error.__cause__ = problem
         self._dead = error
         self.close(error)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can be served."""
+        return self._dead is None
 
     def check_alive(self) -> None:
         """Raise EngineDead where no request can be served any more."""
@@ -301,6 +309,7 @@ class StepLoop:
                 stream=req.stream,
                 seed=req.seed,
                 index=req.index,
+                choice=req.choice,
             )
             self._scheduler.push(req)
         except InvalidRequest as error:
@@ -356,22 +365,30 @@ class StepLoop:
             logger.warning("request %s failed", req.id, exc_info=problem)
             self._end(req, FinishReason.ABORT, f"{type(problem).__name__}: {problem}")
 
-    def abort(self, request_id: str, error: str | None = None) -> bool:
-        """End a request wherever it is; False where no such request lives.
+    def abort(self, request_id: str) -> bool:
+        """End a request, or all of a group, wherever they are; False where no such request lives.
 
-        Its pages come free when the running step retires.
+        Their pages come free when the running step retires. O(live requests), for a group's id.
         """
-        req = self._requests.get(request_id)
-        if req is None:
-            return False
-        self._end(req, FinishReason.ABORT, error)
-        return True
+        one = self._requests.get(request_id)
+        found = [one] if one is not None else [r for r in self._requests.values() if r.group == request_id]
+        for req in found:
+            self._end(req, FinishReason.ABORT)
+        return bool(found)
 
     def cancel(self, req: RequestState) -> None:
         """As abort(), for a request in hand; nothing where it has ended."""
         self._end(req, FinishReason.ABORT)
 
-    def _end(self, req: RequestState, reason: FinishReason, error: str | None = None, *, failed: bool = False) -> None:
+    def _end(
+        self,
+        req: RequestState,
+        reason: FinishReason,
+        error: str | None = None,
+        error_type: ErrorType = ErrorType.INTERNAL,
+        *,
+        failed: bool = False,
+    ) -> None:
         """The one way a request ends with an output. failed: what its row computed is worthless."""
         phase = req.phase
         if phase == Phase.DONE:
@@ -398,14 +415,17 @@ class StepLoop:
                 stream=req.stream,
                 seed=req.seed,
                 index=req.index,
+                choice=req.choice,
             )
-        output.finish(reason, error)
+        output.finish(reason, error, error_type)
         self._num_output_tokens += len(output.token_ids)
         if req.cached_len >= 0:
             self._num_prompt_tokens += req.num_prompt
             self._num_cached_tokens += req.cached_len
+        final = output.take()
+        final.timing = req.timing(self._loop.time())
         try:
-            req.sink.put(output.take())
+            req.sink.put(final)
         except Exception:
             logger.exception("request %s: its sink raised", req.id)
         self._note_idle()
@@ -437,7 +457,8 @@ class StepLoop:
             when, _, request_id = heapq.heappop(self._deadlines)
             req = self._requests.get(request_id)
             if req is not None and req.deadline == when:
-                self._end(req, FinishReason.ABORT, f"deadline: not finished within {when - req.submitted_s:.3g} s")
+                error = f"deadline: not finished within {when - req.submitted_s:.3g} s"
+                self._end(req, FinishReason.ABORT, error, ErrorType.TIMEOUT)
         self._arm_timer()
 
     # --- the step
@@ -503,6 +524,8 @@ class StepLoop:
             self._trace.append(record)
         launched = _Launched(built, record)
         self._num_early_steps = max(0, self._num_early_steps - 1)
+        if not self._in_flight:
+            self._moved_ns = began
         self._in_flight.append(launched)
         self._executor.submit(launched.plan)  # type: ignore[arg-type]
         ended = time.monotonic_ns()
@@ -522,8 +545,8 @@ class StepLoop:
         if not failures:
             return False
         self._planner.failures = []
-        for req, error in failures:
-            self._end(req, FinishReason.ABORT, error)
+        for req, error, error_type in failures:
+            self._end(req, FinishReason.ABORT, error, error_type)
         return True
 
     def _on_events(self) -> None:
@@ -558,6 +581,7 @@ class StepLoop:
         planner = self._planner
         rows, tokens, flags, logprobs = self.builder.commit(result)
         self._num_steps += 1
+        self._moved_ns = began
         if result.error:
             self._fail_step(launched, result.error)
         else:
@@ -593,6 +617,7 @@ class StepLoop:
         by_row = planner.by_row
         decode, bad_logits, ended = Phase.DECODE, _core.BAD_LOGITS, _core.FINISHED_STOP | _core.FINISHED_LENGTH
         num_bad = 0
+        now = self._loop.time()
         for row, token, flag, logprob in zip(rows, tokens, flags, logprobs, strict=True):
             req = by_row[row]
             if req is None:
@@ -611,6 +636,8 @@ class StepLoop:
                 continue
             output = req.output
             assert output is not None
+            if not req.first_token_s:
+                req.first_token_s = now
             if req.phase is decode:
                 planner.decode_kv += 1
             try:
@@ -677,6 +704,7 @@ class StepLoop:
         pools = [self.cache.stats(group) for group in range(len(self._model.groups))]
         return EngineStats(
             num_steps=self._num_steps,
+            step_age_s=(time.monotonic_ns() - self._moved_ns) / 1e9 if self._in_flight else 0.0,
             num_in_flight=len(self._in_flight),
             num_requests=self._num_requests,
             num_alive=len(self._requests),

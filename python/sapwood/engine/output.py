@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from sapwood import _core
-from sapwood.request import FinishReason, RequestOutput, SamplingParams, Usage
+from sapwood.request import ErrorType, FinishReason, RequestOutput, SamplingParams, Usage
 
 _STOP = _core.FINISHED_STOP
 _LENGTH = _core.FINISHED_LENGTH
@@ -120,6 +120,7 @@ class OutputProcessor:
 
     __slots__ = (
         "_armed_after",
+        "_choice",
         "_decoder",
         "_index",
         "_logprobs",
@@ -131,6 +132,7 @@ class OutputProcessor:
         "_texts",
         "cached_len",
         "error",
+        "error_type",
         "finish_reason",
         "matched_stop",
         "num_prompt",
@@ -147,10 +149,12 @@ class OutputProcessor:
         stream: bool,
         seed: int = 0,
         index: int = 0,
+        choice: int = 0,
     ) -> None:
         stops = params.stop_strings()
         self._request_id = request_id
         self._index = index
+        self._choice = choice
         self._seed = seed
         self._stream = stream
         self._decoder = decoder
@@ -165,6 +169,7 @@ class OutputProcessor:
         self.finish_reason: FinishReason | None = None
         self.matched_stop: str | int | None = None
         self.error: str | None = None
+        self.error_type: ErrorType | None = None
 
     def push(self, token: int, flags: int, logprob: float) -> bool:
         """A token was committed; True when it ended the request."""
@@ -198,7 +203,9 @@ class OutputProcessor:
         self.finish_reason = FinishReason.STOP
         return True
 
-    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+    def finish(
+        self, reason: FinishReason, error: str | None = None, error_type: ErrorType = ErrorType.INTERNAL
+    ) -> None:
         """End the request, where push() has not: the text still held back is text after all. Never raises."""
         if self.finish_reason is not None:
             return
@@ -208,7 +215,8 @@ class OutputProcessor:
                 tail = decoder.flush()
             except Exception as problem:  # the request ends either way; its error says why, if nothing else does
                 tail = ""
-                error = error or f"detokenizer: {type(problem).__name__}: {problem}"
+                if error is None:
+                    error, error_type = f"detokenizer: {type(problem).__name__}: {problem}", ErrorType.INTERNAL
                 reason = FinishReason.ABORT
             if self._matcher is not None:
                 # Bytes that never became a character turn into text only now, and may complete a stop string.
@@ -220,6 +228,7 @@ class OutputProcessor:
                 self._texts.append(tail)
         self.finish_reason = reason
         self.error = error
+        self.error_type = error_type if error is not None else None
 
     def take(self) -> RequestOutput:
         """The next output: what is new since the last when streaming, else everything so far."""
@@ -239,8 +248,10 @@ class OutputProcessor:
             self.finish_reason,
             Usage(self.num_prompt, len(self.token_ids), self.cached_len),
             self._index,
+            self._choice,
             self._seed,
             self.matched_stop,
             logprobs,
             self.error,
+            self.error_type,
         )

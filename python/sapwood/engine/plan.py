@@ -14,6 +14,7 @@ from sapwood.engine.request_state import Phase, RequestState
 from sapwood.engine.scheduler import MAX_FOLLOWERS, Scheduler, StepBudget
 from sapwood.errors import InternalError
 from sapwood.memory.prefix_cache import PagePool
+from sapwood.request import ErrorType
 
 # The batch builder's top_k is an int32; no vocabulary is larger.
 MAX_TOP_K = 2**31 - 1
@@ -47,12 +48,13 @@ class Planner:
         self.num_decoding = 0
         self.decode_kv = 0
         self.num_retractions = 0
+        self._now = 0.0  # of the step that is being planned
         self._starved = False
         # Admission failed for this request with so many pages to be had and to be reserved: not tried again before that
         # changes.
         self._no_room: tuple[RequestState, int, int] | None = None
         # Requests found impossible during build(), with the reason; engine.py ends them.
-        self.failures: list[tuple[RequestState, str]] = []
+        self.failures: list[tuple[RequestState, str, ErrorType]] = []
 
     def has_work(self) -> bool:
         return self.num_rows > 0 or len(self._scheduler) > 0
@@ -67,6 +69,7 @@ class Planner:
         Decodes first, then prompts already begun, then newcomers: a newcomer is admitted after its leader's chunk was
         planned, so that it finds the leader's pages; only an urgent one goes first. `failures` lists who cannot go on.
         """
+        self._now = now
         builder = self._builder
         builder.begin_step(step_id)
         num_decodes = builder.add_decodes() if self.num_decoding else 0
@@ -92,7 +95,7 @@ class Planner:
             # Nothing runs, nothing is on its way, and still the first in the queue was not admitted.
             refused = self._no_room[0] if self._no_room is not None else self._scheduler.peek()
             if refused is not None and refused.phase == Phase.WAITING:
-                self.failures.append((refused, self._too_large(refused)))
+                self.failures.append((refused, self._too_large(refused), ErrorType.CAPACITY))
             self._no_room = None
         return built if built.plan is not None else None
 
@@ -199,14 +202,14 @@ class Planner:
                 top_p=p.top_p,
                 min_p=p.min_p,
                 seed=req.seed,
-                stream=0,
+                stream=req.choice,
                 rope_mode=req.rope_mode,
                 return_logprob=p.return_logprob,
                 stop_ids=req.stop_ids,
             )
         except (TypeError, ValueError, OverflowError) as error:  # _core.InvalidArgument is a ValueError
             # Whatever the native call cannot take is this request's own trouble: the others go on.
-            self.failures.append((req, f"refused by the batch builder: {error}"))
+            self.failures.append((req, f"refused by the batch builder: {error}", ErrorType.INTERNAL))
             return False
         if not certain and not pool.has_room(total - cached // pool.page_size, reserve):
             self._builder.release(row, keep=False)
@@ -218,6 +221,7 @@ class Planner:
         req.planned_len = cached
         if req.cached_len < 0:
             req.cached_len = cached
+            req.admitted_s = self._now
             if req.output is not None:
                 req.output.cached_len = cached
         req.phase = Phase.EXTEND
@@ -300,7 +304,7 @@ class Planner:
             return
         # The last row has the whole pool to itself and still lacks a page.
         for req in running:
-            self.failures.append((req, self._too_large(req)))
+            self.failures.append((req, self._too_large(req), ErrorType.CAPACITY))
 
     def _too_large(self, req: RequestState) -> str:
         pool = self._pool

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sapwood.request import RequestOutput, SamplingParams
+from sapwood.request import RequestOutput, SamplingParams, Timing
 
 if TYPE_CHECKING:
     from sapwood.engine.output import OutputProcessor
@@ -48,6 +48,7 @@ class Sink(Protocol):
 class RequestState:
     """One request. Lengths in tokens, times in seconds of the loop's clock.
 
+    group       the id that the caller gave to all requests of one call
     prompt      int32 [num_prompt], the caller's tokens
     known       int32, tokens known at the last admission: the prompt, after a retraction with the outputs so far
     planned_len KV length once every launched step has run (kept for rows in EXTEND)
@@ -56,8 +57,12 @@ class RequestState:
     """
 
     __slots__ = (
+        "admitted_s",
         "cached_len",
+        "choice",
         "deadline",
+        "first_token_s",
+        "group",
         "id",
         "index",
         "known",
@@ -92,14 +97,18 @@ class RequestState:
         *,
         stream: bool,
         seed: int,
+        group: str = "",
         index: int = 0,
+        choice: int = 0,
         priority: int = 0,
         salt: str | None = None,
         submitted_s: float = 0.0,
         deadline: float | None = None,
     ) -> None:
         self.id = request_id
+        self.group = group or request_id
         self.index = index
+        self.choice = choice
         self.params = params
         self.sink = sink
         self.stream = stream
@@ -107,6 +116,7 @@ class RequestState:
         self.priority = priority
         self.salt = salt
         self.submitted_s = submitted_s
+        self.admitted_s = self.first_token_s = 0.0  # 0: not yet
         self.deadline = deadline
         self.phase = Phase.NEW
         self.row = -1
@@ -129,6 +139,15 @@ class RequestState:
     def num_tokens(self) -> int:
         """Tokens known now: prompt and outputs."""
         return self.num_prompt + (len(self.output.token_ids) if self.output is not None else 0)
+
+    def timing(self, now: float) -> Timing:
+        """Its times, where it ends now."""
+        begin = self.submitted_s
+        return Timing(
+            self.admitted_s - begin if self.admitted_s else None,
+            self.first_token_s - begin if self.first_token_s else None,
+            now - begin,
+        )
 
     def all_tokens(self) -> Ints:
         """Prompt and outputs so far, int32."""

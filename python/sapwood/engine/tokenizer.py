@@ -21,6 +21,7 @@ from sapwood.chat.template import ChatTemplate, read_templates
 from sapwood.engine.tokenizer_backends import Backend, HuggingFace, SentencePiece, special_tokens
 from sapwood.errors import InvalidRequest, UnsupportedModel
 from sapwood.models.hub import resolve_model_dir
+from sapwood.request import ChatPrompt
 
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model")
 
@@ -168,6 +169,20 @@ class Tokenizer:
         """The shared id -> text table; None where the decoder is not one that maps tokens to bytes."""
         return None if self._tables is None else self._tables[bool(skip_special_tokens)]
 
+    def encode_chat(self, chat: ChatPrompt) -> list[int]:
+        """Token ids of chat messages. Raises InvalidRequest as apply_chat_template and encode do."""
+        text = self.apply_chat_template(
+            chat.messages,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
+            **chat.template_kwargs,
+        )
+        return self.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+
+    def set_chat_template(self, source: str) -> None:
+        """Use this Jinja source in place of the checkpoint's own templates."""
+        self._chat = ChatTemplate({"default": source}, self.special_tokens)
+
     @property
     def has_chat_template(self) -> bool:
         return self._chat.exists
@@ -176,11 +191,18 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> str:
         """Messages as the prompt text the model was trained on; chat/template.py has the rules."""
-        return self._chat.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **kwargs)
+        return self._chat.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **kwargs,
+        )
 
     def _check(self, token_id: int) -> int:
         try:
