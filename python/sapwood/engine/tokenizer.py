@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -99,6 +100,10 @@ class Tokenizer:
             if name not in self.special_tokens and token_id is not None and (piece := backend.piece(token_id)):
                 self.special_tokens[name] = piece
         self._chat = ChatTemplate(chat_templates or {}, self.special_tokens)
+        # Of one character there is no inside to cut, and no turn ends with it.
+        names = [piece for i in sorted(self.special_ids) if len(piece := backend.piece(i) or "") > 1]
+        names.sort(key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, names))) if names else None
         self._tables = (TokenTable(self, False), TokenTable(self, True)) if backend.to_bytes is not None else None
 
     @classmethod
@@ -170,14 +175,45 @@ class Tokenizer:
         return None if self._tables is None else self._tables[bool(skip_special_tokens)]
 
     def encode_chat(self, chat: ChatPrompt) -> list[int]:
-        """Token ids of chat messages. Raises InvalidRequest as apply_chat_template and encode do."""
+        """Token ids of chat messages. Raises InvalidRequest as apply_chat_template and encode do.
+
+        A special token that a user, a tool or a system message spells stays text: nobody can end their turn and begin
+        the assistant's by writing <|im_end|>. (HF, vLLM and SGLang let them.)
+        """
+        messages, cut = self._disarm(chat.messages)
         text = self.apply_chat_template(
-            chat.messages,
+            messages,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=chat.continue_final_message,
             **chat.template_kwargs,
         )
-        return self.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+        # The template writes the special tokens itself.
+        parts = text.split(cut) if cut else [text]
+        return [i for part in parts if part for i in self.encode(part, add_special_tokens=False)]
+
+    def _disarm(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Mapping[str, Any]], str]:
+        """messages with a mark inside every special token that others than the assistant spell, and the mark: where the
+        text is cut there, no special token is left. As they are, and "", where there is none.
+        """
+        spelled = self._special_pattern
+        if spelled is None or not isinstance(messages, Sequence):
+            return messages, ""
+        found = {
+            i: content
+            for i, message in enumerate(messages)
+            if isinstance(message, Mapping)
+            and message.get("role") != "assistant"
+            and isinstance(content := message.get("content"), str)
+            and spelled.search(content)
+        }
+        if not found:
+            return messages, ""
+        written = json.dumps([dict(message) for message in messages], ensure_ascii=False, default=str)
+        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in written)  # of private use
+        disarmed = {i: spelled.sub(lambda m: m[0][0] + mark + m[0][1:], content) for i, content in found.items()}
+        return [
+            {**message, "content": disarmed[i]} if i in disarmed else message for i, message in enumerate(messages)
+        ], mark
 
     def set_chat_template(self, source: str) -> None:
         """Use this Jinja source in place of the checkpoint's own templates."""
