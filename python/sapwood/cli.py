@@ -1,34 +1,48 @@
-"""The `sapwood` command: parses flags, hands a prompt to engine/async_engine.py's Engine, prints what comes back.
+"""The `sapwood` command: parses flags; `serve` hands a ServerConfig to server/run.py, `generate` hands a prompt to
+engine/async_engine.py's Engine and prints what comes back.
 
-Every flag is a field of EngineConfig or SamplingParams, and its help is that field's line in the struct's docstring,
-so neither a default nor a description exists twice. Text goes to stdout as it comes; everything else to stderr.
+Every flag is a field of ServerConfig, EngineConfig or SamplingParams, and its help is that field's line in the
+struct's docstring, so neither a default nor a description exists twice; settings.py adds what the environment and a
+file set. Text goes to stdout as it comes; everything else to stderr.
 Exit codes: 0; 1 the engine failed; 2 wrong usage or an invalid request; 130 interrupted; 141 our output's reader left.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from sapwood import __version__
 from sapwood.errors import InvalidRequest, SapwoodError
 
 if TYPE_CHECKING:
-    from sapwood.config import EngineConfig
     from sapwood.request import RequestOutput, SamplingParams
+    from sapwood.settings import Setting
 
-# model is the positional argument; without a tokenizer there is no text to print; log-probabilities are no text.
-NOT_FLAGS: Final = frozenset({"model", "skip_tokenizer_init", "return_logprob"})
+HELP: Final = """usage: sapwood COMMAND [options]
+
+Serve large language models.
+
+commands:
+  serve          serve a model over HTTP, with OpenAI's and SGLang's API
+  generate       continue a prompt, or answer it with --chat
+
+options:
+  -h, --help     this help; sapwood COMMAND --help lists a command's options
+  -V, --version  the version
+"""
+COMMANDS: Final = ("serve", "generate")
+# generate's model is positional; without a tokenizer there is no text to print; log-probabilities are no text; one
+# story is printed.
+NOT_FLAGS: Final = frozenset({"model", "skip_tokenizer_init", "return_logprob", "n"})
 # A command line wants the most likely story and all of it; the API's defaults are SGLang's.
 GENERATE_DEFAULTS: Final = (("temperature", 0.0), ("max_new_tokens", 256))
-NUMBERS: Final = MappingProxyType({"IntType": ("N", int), "FloatType": ("X", float)})  # msgspec's kinds of fields
 
 
 class UsageError(Exception):
@@ -36,8 +50,46 @@ class UsageError(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False, formatter_class=_Formatter)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def has(self, flag: str) -> bool:
+        return flag in self._option_string_actions
+
+    def check(self, word: str, in_requests: bool) -> None:
+        """Refuse a flag that is not ours, with what to write instead. argparse would take -tp for a -t."""
+        from sapwood.flag_names import NOT_NEEDED, advice
+        from sapwood.settings import nearest
+
+        flag, equals, _ = word.partition("=")
+        action = self._option_string_actions.get(flag)
+        if action is not None:
+            if equals and action.nargs == 0:
+                raise UsageError(f"{flag} takes no value")
+            return
+        name = flag.lstrip("-").replace("-", "_")
+        if (reason := NOT_NEEDED.get(name.removeprefix("no_"))) is not None:
+            raise UsageError(f"{flag} is not possible: {reason}")
+        if (instead := advice(name, in_requests=in_requests)) is not None:
+            raise UsageError(f"sapwood has no {flag}: {instead}")
+        hint = nearest(flag, self._option_string_actions) or f"; see {self.prog} --help"
+        raise UsageError(f"unknown option {flag!r}{hint}")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """A wide column for the flags, whose names are not broken at their hyphens."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.indent("\n".join(self._split_lines(text, width)), indent)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments and arguments[0] in ("--version", "-V"):
-            print(f"sapwood {__version__}", flush=True)
-            return 0
-        options = _parse(arguments)
-        return _generate(options)
+        return _run(arguments)
     except UsageError as error:
         return _fail(error, 2)
     except InvalidRequest as error:
@@ -85,147 +133,270 @@ def _give_up_stdout() -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"sapwood: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, SapwoodError):
+        text = _with_flags(text)
+    _say(f"error: {text}")
     return code
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="sapwood", description="Serve large language models.", allow_abbrev=False)
-    parser.add_argument("-V", "--version", action="version", version=f"sapwood {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    generate = _add_generate(commands)
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    options, unknown = parser.parse_known_args(arguments[:end])
-    flag = next((word for word in unknown if re.match(r"--?[A-Za-z]\S*$", word)), None)
-    if flag is not None:
-        name = flag.split("=")[0]
-        near = difflib.get_close_matches(name, list(generate._option_string_actions), 1)
-        hint = f"; did you mean {near[0]}?" if near else "; see sapwood generate --help"
-        raise UsageError(f"unknown option {name!r}{hint}")
-    # argparse knows a prompt only right behind the model; elsewhere it is what was left over, or what follows "--".
-    prompts = [word for word in (options.prompt, *unknown, *arguments[end + 1 :]) if word is not None]
-    if len(prompts) > 1:
-        raise UsageError(f"unknown argument (quote a prompt of several words) {prompts[1]!r}")
-    options.prompt = prompts[0] if prompts else None
-    return options
+def _say(text: str) -> None:
+    print(f"sapwood: {text}", file=sys.stderr)
 
 
-def _add_generate(commands: Any) -> argparse.ArgumentParser:
-    # Imported here: msgspec takes a sixth of `sapwood --version`'s time budget.
-    from sapwood.config import EngineConfig
+def _with_flags(text: str) -> str:
+    """A message of the engine's, which names settings as Python does: max_total_tokens, as the flags they are here."""
+    from sapwood.config import ServerConfig
     from sapwood.request import SamplingParams
 
-    parser = commands.add_parser(
-        "generate",
-        help="continue a prompt, or answer it with --chat",
-        allow_abbrev=False,
-        description="Continue a prompt and print the text as it comes.",
+    fields = (*ServerConfig.__struct_fields__, *SamplingParams.__struct_fields__)
+    names = "|".join(name for name in fields if "_" in name)  # others are English words, too
+    return re.sub(rf"(?<![\w/.-])({names})(?![\w/])", lambda match: "--" + match[1].replace("_", "-"), text)
+
+
+def _run(arguments: list[str]) -> int:
+    command, *rest = arguments or [""]
+    if command in ("--version", "-V"):
+        print(f"sapwood {__version__}", flush=True)
+    elif command in ("--help", "-h"):
+        print(HELP, end="", flush=True)
+    elif command == "serve":
+        return _serve(rest)
+    elif command == "generate":
+        return _generate(rest)
+    elif not command:
+        sys.stderr.write(HELP)
+        return 2
+    else:
+        from sapwood.settings import nearest
+
+        if os.path.exists(command) or "/" in command:
+            hint = f"; did you mean sapwood serve {command}?"
+        else:
+            hint = nearest(command, COMMANDS) or "; see sapwood --help"
+        raise UsageError(f"unknown command {command!r}{hint}")
+    return 0
+
+
+def _serve(arguments: list[str]) -> int:
+    from sapwood.config import ServerConfig
+    from sapwood.settings import collect
+
+    given, words = _parse(_serve_parser(), arguments, in_requests=True)
+    if len(words) > 1:
+        raise UsageError(f"unknown argument {words[1]!r}; serve takes one model")
+    if words and given.setdefault("model", words[0]) != words[0]:
+        raise UsageError(f"two models: {words[0]!r} and --model {given['model']!r}")
+    settings = collect(ServerConfig, given, given.pop("config", None), os.environ)
+    _say_notes(settings.notes)
+    try:
+        config = ServerConfig.from_kwargs(**settings.values)
+
+        from sapwood.server.run import serve
+
+        return serve(config)
+    except InvalidRequest as error:
+        raise settings.explain(error) from None
+
+
+def _serve_parser() -> _Parser:
+    from sapwood.config import ServerConfig
+    from sapwood.flag_names import ALIASES
+    from sapwood.settings import describe
+
+    aliases = (f"{_flag(name)} is {_flag(to.field, not to.inverted)}" for name, to in ALIASES.items())
+    parser = _Parser(
+        prog="sapwood serve",
+        usage="sapwood serve [MODEL] [options]",
+        description="Serve a model over HTTP, with OpenAI's and SGLang's API.",
+        epilog="Every setting may also stand in the environment (SAPWOOD_PORT=8000) or in the file of --config "
+        "(port: 8000). A flag counts before the environment, the environment before the file. "
+        f"Names of SGLang, vLLM and llama.cpp that mean the same work, too: {', '.join(aliases)}.",
     )
-    parser.add_argument("model", help="directory in HF format, or a hub id")
-    parser.add_argument("prompt", nargs="?", help="the text; read from standard input when left out or '-'")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
-    parser.add_argument("--no-echo", action="store_true", help="leave out the prompt (always so with --chat)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="statistics on standard error")
-    defaults = dict(GENERATE_DEFAULTS)
-    _add_fields(parser.add_argument_group("sampling"), SamplingParams, defaults)
-    _add_fields(parser.add_argument_group("engine"), EngineConfig, {})
+    parser.add_argument("words", nargs="*", metavar="MODEL", help=argparse.SUPPRESS)
+    _add_config(parser)
+    settings = describe(ServerConfig)
+    _add_fields(parser, settings, {})
+    _add_other_names(parser, settings)
     return parser
 
 
-def _add_fields(group: Any, struct: type[SamplingParams] | type[EngineConfig], defaults: dict[str, Any]) -> None:
-    """One flag per field. A flag that is not given stays out of the namespace, so defaults are the struct's."""
-    import msgspec
-
-    descriptions = field_help(struct)
-    for field in msgspec.structs.fields(struct):
-        if field.name in NOT_FLAGS:
-            continue
-        default = defaults.get(field.name, field.default)
-        flag = "--" + field.name.replace("_", "-")
-        about = descriptions[field.name].replace("%", "%%")
-        inner = msgspec.inspect.type_info(field.type)
-        kinds = inner.types if isinstance(inner, msgspec.inspect.UnionType) else (inner,)
-        optional = any(isinstance(kind, msgspec.inspect.NoneType) for kind in kinds)
-        kind = next(k for k in kinds if not isinstance(k, msgspec.inspect.NoneType))
-        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-        if isinstance(kind, msgspec.inspect.BoolType):
-            if field.default:
-                flag, about = f"--no-{flag[2:]}", f"do not: {about}"
-            settings |= {"action": "store_false" if field.default else "store_true", "help": about}
-        elif isinstance(kind, msgspec.inspect.LiteralType):
-            settings |= {"choices": kind.values, "help": f"{about} (default: {default})"}
-        elif field.name in ("stop", "stop_token_ids"):
-            item, metavar = (str, "TEXT") if field.name == "stop" else (int, "ID")
-            settings |= {"action": "append", "type": item, "metavar": metavar, "help": f"{about}; may be repeated"}
-        else:
-            metavar, parse = NUMBERS.get(type(kind).__name__, ("TEXT", str))
-            settings |= {
-                "type": _or_none(parse) if optional else parse,
-                "metavar": metavar,
-                "help": f"{about} (default: {'none' if default is None else default})",
-            }
-        group.add_argument(flag, **settings)
-
-
-def _or_none(parse: Any) -> Any:
-    def convert(text: str) -> Any:
-        return None if text.lower() == "none" else parse(text)
-
-    convert.__name__ = parse.__name__  # argparse names it in "invalid int value"
-    return convert
-
-
-def field_help(struct: type) -> dict[str, str]:
-    """field -> description, from the docstring's lines "name    text"; lines indented to the text continue it."""
-    found: dict[str, str] = {}
-    fields = struct.__struct_fields__  # type: ignore[attr-defined]
-    name, column = "", 0
-    for line in (struct.__doc__ or "").splitlines():
-        match = re.match(r"( *)(\w+)( {2,})(\S.*)", line)
-        if match and match[2] in fields:
-            name, column = match[2], match.start(4)
-            found[name] = match[4]
-        elif name and line.strip() and len(line) - len(line.lstrip()) == column:
-            found[name] += " " + line.strip()
-        else:
-            name = ""
-    return found
-
-
-def _generate(options: argparse.Namespace) -> int:
+def _generate_parser() -> _Parser:
     from sapwood.config import EngineConfig
-    from sapwood.request import FinishReason, SamplingParams
+    from sapwood.request import SamplingParams
+    from sapwood.settings import describe
 
-    given = vars(options)
-    params = SamplingParams(
-        **(dict(GENERATE_DEFAULTS) | {name: given[name] for name in SamplingParams.__struct_fields__ if name in given})
+    parser = _Parser(
+        prog="sapwood generate",
+        usage="sapwood generate MODEL [PROMPT] [options]",
+        description="Continue a prompt and print the text as it comes.",
+        epilog="The engine's settings may also stand in the environment (SAPWOOD_DTYPE=float32) or in the file of "
+        "--config, as serve's. A flag counts before the environment, the environment before the file.",
     )
-    settings = {name: given[name] for name in EngineConfig.__struct_fields__ if name in given and name != "model"}
+    parser.add_argument("model", metavar="MODEL", help="directory in HF format, a hub id, or sapling (bundled)")
+    parser.add_argument(
+        "words", nargs="?", metavar="PROMPT", help="the text; read from standard input when left out or '-'"
+    )
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
+    parser.add_argument("--no-echo", action="store_true", help="leave out the prompt (always so with --chat)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="statistics on standard error")
+    _add_config(parser)
+    sampling, engine = ([s for s in describe(t) if s.name not in NOT_FLAGS] for t in (SamplingParams, EngineConfig))
+    _add_fields(parser, sampling, dict(GENERATE_DEFAULTS))
+    _add_fields(parser, engine, {})
+    _add_other_names(parser, engine)
+    return parser
+
+
+def _parse(parser: _Parser, arguments: list[str], *, in_requests: bool) -> tuple[dict[str, Any], list[str]]:
+    """(options that are given, positional words that no option takes). in_requests: see flag_names.advice()."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for word in arguments[:end]:
+        if re.match(r"--?[A-Za-z]\S*$", word):
+            parser.check(word, in_requests)
+    options, unknown = parser.parse_known_args(arguments[:end])
+    given = vars(options)
+    # argparse knows a positional word only before the first option; the others are what is left over, or follow "--".
+    first = given.pop("words") or []
+    words = [*([first] if isinstance(first, str) else first), *unknown, *arguments[end + 1 :]]
+    _say_notes(given.pop("not_needed", []))
+    return given, words
+
+
+def _say_notes(notes: list[str]) -> None:
+    for note in notes:
+        _say(f"note: {note}")
+
+
+def _add_config(parser: _Parser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of settings, names as the flags'"
+    )
+
+
+def _add_fields(parser: _Parser, settings: list[Setting], defaults: dict[str, Any]) -> None:
+    """One flag per setting. A flag that is not given stays out of the namespace, so defaults are the struct's."""
+    groups: dict[str, Any] = {}
+    for setting in settings:
+        name = (setting.group or "sampling").lower()
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        about = re.sub(r"\bNone\b", "none", _with_flags(setting.help.replace("%", "%%")))
+        if setting.kind == "switch":
+            shown = f"do not: {about}" if setting.default else about
+            for value in (True, False):
+                text = shown if value is not setting.default else argparse.SUPPRESS
+                _add_switch(group, _flag(setting.name, value), setting.name, value, text)
+            continue
+        default = defaults.get(setting.name, setting.default)
+        if setting.kind == "list":
+            about += "; may be repeated"
+        elif default is not None:
+            about += f" (default: {default})"
+        _add_value(group, _flag(setting.name), setting, about)
+
+
+def _add_other_names(parser: _Parser, settings: list[Setting]) -> None:
+    """Other engines' names of the settings, and the flags that are not needed; not in the help."""
+    from sapwood.flag_names import ALIASES, NOT_NEEDED
+
+    by_name = {setting.name: setting for setting in settings}
+    for name, alias in ALIASES.items():
+        target = by_name.get(alias.field)
+        if target is None or parser.has(_flag(name)):  # generate's --seed is the request's
+            continue
+        if target.kind != "switch":
+            _add_value(parser, _flag(name), target, argparse.SUPPRESS)
+            continue
+        for value in (True, False):
+            _add_switch(parser, _flag(name, value), target.name, value is not alias.inverted, argparse.SUPPRESS)
+    for name, reason in NOT_NEEDED.items():
+        parser.add_argument(
+            _flag(name),
+            dest="not_needed",
+            action="append_const",
+            const=f"{_flag(name)} is not needed: {reason}",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+
+
+def _flag(name: str, value: bool = True) -> str:
+    return f"{'--' if value else '--no-'}{name.replace('_', '-')}"
+
+
+def _add_switch(group: Any, flag: str, dest: str, value: bool, about: str) -> None:
+    group.add_argument(flag, dest=dest, action="store_const", const=value, default=argparse.SUPPRESS, help=about)
+
+
+def _add_value(group: Any, flag: str, setting: Setting, about: str) -> None:
+    kind = setting.item if setting.kind == "list" else setting.kind
+
+    def convert(text: str) -> Any:
+        try:
+            return setting.parse_item(text) if setting.kind == "list" else setting.parse(text)
+        except InvalidRequest as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    group.add_argument(
+        flag,
+        dest=setting.name,
+        action="append" if setting.kind == "list" else "store",
+        type=convert,
+        metavar={"int": "N", "float": "X", "choice": "NAME"}.get(kind, "TEXT"),
+        default=argparse.SUPPRESS,
+        help=about,
+    )
+
+
+def _generate(arguments: list[str]) -> int:
+    from sapwood.config import EngineConfig
+    from sapwood.request import SamplingParams
+    from sapwood.settings import collect
+
+    given, words = _parse(_generate_parser(), arguments, in_requests=False)
+    if len(words) > 1:
+        raise UsageError(f"unknown argument (quote a prompt of several words) {words[1]!r}")
+    chat, no_echo, verbose = (given.pop(name) for name in ("chat", "no_echo", "verbose"))
+    sampling = {name: given.pop(name) for name in SamplingParams.__struct_fields__ if name in given}
+    settings = collect(EngineConfig, given, given.pop("config", None), os.environ)
+    _say_notes(settings.notes)
     # Everything that can be wrong is found before weights are read.
+    params = SamplingParams(**(dict(GENERATE_DEFAULTS) | sampling))
     params.verify()
-    EngineConfig.from_kwargs(options.model, **settings)
-    prompt = _read_prompt(options.prompt)
+    try:
+        EngineConfig.from_kwargs(**settings.values)
+        prompt = _read_prompt(words[0] if words else None)
+        return _tell(settings.values, prompt, params, chat=chat, echo=not (chat or no_echo), verbose=verbose)
+    except InvalidRequest as error:
+        raise settings.explain(error) from None
+
+
+def _tell(
+    settings: dict[str, Any], prompt: str, params: SamplingParams, *, chat: bool, echo: bool, verbose: bool
+) -> int:
+    from sapwood.request import FinishReason
+
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the story
 
     from sapwood.engine.async_engine import Engine
 
     start = time.monotonic()
-    with Engine(options.model, own_process=True, **settings) as engine:
+    with Engine(own_process=True, **settings) as engine:
         loaded = time.monotonic()
-        text = [{"role": "user", "content": prompt}] if options.chat else prompt
-        if not options.chat and not options.no_echo:
+        if echo:
             _write(prompt)
         first, last, count = None, None, 0
         try:
+            text = [{"role": "user", "content": prompt}] if chat else prompt
             for last in engine.generate(text, params, stream=True):
                 count += len(last.token_ids)
                 first = first or (time.monotonic() if count else None)
                 _write(last.text)
         finally:
-            if last is not None or (not options.chat and not options.no_echo):
+            if last is not None or echo:
                 _write("\n")
-        if options.verbose and last is not None:
+        if verbose and last is not None:
             end = time.monotonic()
             _report(last, count, loaded - start, (first or end) - loaded, end - (first or end))
     if last is not None and last.finish_reason is FinishReason.ABORT:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sapwood.config import EngineConfig
+from sapwood.config import EngineConfig, ServerConfig
 from sapwood.errors import InvalidRequest
 
 BAD = (
@@ -95,3 +95,48 @@ def test_defaults_are_valid() -> None:
 def test_every_field_is_documented() -> None:
     lines = {line.split()[0] for line in (EngineConfig.__doc__ or "").splitlines() if line.strip()}
     assert set(EngineConfig.__struct_fields__) <= lines
+
+
+SERVER_BAD = (
+    ("port", (-1, 65536, "x", 1.5)),
+    ("host", ("", 5)),
+    ("uds", ("",)),
+    ("api_key", ("", "a b", "ключ", "a\n")),
+    ("max_body_bytes", (0, -1)),
+    ("max_connections", (0,)),
+    ("header_timeout_s", (0, -1, math.nan, math.inf)),
+    ("body_timeout_s", (0,)),
+    ("send_timeout_s", (0,)),
+    ("drain_timeout_s", (-1, math.nan, math.inf)),
+    ("watchdog_timeout", (0,)),
+    ("log_level", ("loud",)),
+    ("allowed_origins", (["example.org"], ["https://a.org/path"], "x")),
+)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in SERVER_BAD for value in values])
+def test_refused_of_a_server(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        ServerConfig.from_kwargs(**{name: value})
+
+
+def test_edges_of_a_server() -> None:
+    ServerConfig.from_kwargs(admin_api_key="a", drain_timeout_s=0, port=0, allowed_origins=["*"], max_connections=None)
+
+
+def test_secrets_are_not_shown() -> None:
+    config = ServerConfig.from_kwargs("org/name", api_key="s3cret", admin_api_key="t0psecret")
+    assert "s3cret" not in repr(config) and "t0psecret" not in repr(config)
+    shown = config.public_settings()
+    assert shown["api_key"] is True and shown["admin_api_key"] is True and shown["model"] == "org/name"
+    assert set(config.engine_settings()) == set(EngineConfig.__struct_fields__) - {"model"}
+    assert EngineConfig.from_kwargs(config.model, **config.engine_settings()).model == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("sapling", "sapling"), ("org/name", "name"), ("/a/b/", "b"), ("/a/b", "b"), ("./x", "x")],
+)
+def test_the_models_name_in_the_api(model: str, name: str) -> None:
+    assert ServerConfig.from_kwargs(model).model_name() == name
+    assert ServerConfig.from_kwargs(model, served_model_name="own").model_name() == "own"

@@ -1,5 +1,5 @@
-"""Where a model's files are: a local directory, or a hub id downloaded through huggingface_hub (progress bars,
-resumption, cache).
+"""Where a model's files are: a local directory, the bundled model, or a hub id downloaded through huggingface_hub
+(progress bars, resumption, cache).
 
 models/loader.py and the tokenizer's loader ask with what the user wrote as `model`; no other file knows of the hub.
 """
@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sapwood.config import BUNDLED_MODEL
 from sapwood.errors import InvalidRequest, MissingExtra
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def resolve_model_dir(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The directory that holds the model: `model` itself where it is one, else the snapshot of that hub id.
+    """The directory that holds the model: `model` itself where it is one, that of the bundled model where it has its
+    name, else the snapshot of that hub id.
 
     weights   False leaves *.safetensors out (load_format "dummy", tokenizers)
 
@@ -32,6 +34,8 @@ def resolve_model_dir(model: str, revision: str | None = None, *, weights: bool 
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if model == BUNDLED_MODEL:
+        return _bundled()
     if path.exists():
         raise InvalidRequest(
             f"model {model!r} is a file; expected a directory with config.json and *.safetensors, or a hub id", "model"
@@ -41,6 +45,18 @@ def resolve_model_dir(model: str, revision: str | None = None, *, weights: bool 
             f"model directory {model!r} does not exist (looked at {path.absolute()}), and it is no hub id", "model"
         )
     return _download(model, revision, weights)
+
+
+def _bundled() -> Path:
+    from sapwood.sapling import MODEL_DIR
+
+    if not (MODEL_DIR / "config.json").is_file():
+        raise InvalidRequest(
+            f"the bundled model {BUNDLED_MODEL!r} is not part of this installation (no {MODEL_DIR / 'config.json'}); "
+            "install sapwood again, or name another model",
+            "model",
+        )
+    return MODEL_DIR
 
 
 def _download(model: str, revision: str | None, weights: bool) -> Path:
