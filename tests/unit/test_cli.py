@@ -17,7 +17,7 @@ import pytest
 
 import sapwood
 from sapwood import cli
-from sapwood.config import EngineConfig, ServerConfig
+from sapwood.config import EngineConfig
 from sapwood.errors import CapacityError, InvalidRequest
 from sapwood.request import FinishReason, RequestOutput, SamplingParams, Usage
 
@@ -60,6 +60,8 @@ class FakeEngine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    for name in [name for name in os.environ if name.startswith("SAPWOOD_")]:
+        monkeypatch.delenv(name)
     fake = type("Fake", (FakeEngine,), {"made": []})
     module = types.ModuleType("sapwood.engine.async_engine")
     module.Engine = fake  # type: ignore[attr-defined]
@@ -162,6 +164,7 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert "--page-size N tokens a KV page; 16, 32 or 64 on CPU (default: 16)" in text
     assert "--temperature X >= 0; 0 is greedy (default: 0.0)" in text and "(default: 256)" in text
+    assert "--no-skip-special-tokens do not: leave special tokens out" in text and " --skip-special-tokens" not in text
 
 
 @pytest.mark.parametrize(
@@ -201,98 +204,11 @@ def test_usage_errors(
     assert engine.made == []  # found before anything was loaded
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
-    """What `sapwood serve` would have served; the environment has no settings."""
-    for name in [name for name in os.environ if name.startswith("SAPWOOD_")]:
-        monkeypatch.delenv(name)
-    configs: list[ServerConfig] = []
-    module = types.ModuleType("sapwood.server.run")
-    module.serve = lambda config: configs.append(config) or 0  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sapwood.server.run", module)
-    return configs
-
-
-def test_serve_without_a_word_serves_the_bundled_model(served: list[ServerConfig]) -> None:
-    assert cli.main(["serve"]) == 0
-    assert served == [ServerConfig()]
-    assert (served[0].model, served[0].host, served[0].port) == ("sapling", "127.0.0.1", 30000)
-    assert served[0].model_name() == "sapling"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["org/name", "--port", "8000", "--max-model-len", "64"],
-        ["--port=8000", "--model-path", "org/name", "--context-length", "64"],
-        ["--port", "8000", "--context-length=64", "--model", "org/name", "org/name"],
-    ],
-)
-def test_serve_takes_its_model_and_the_names_of_others(served: list[ServerConfig], arguments: list[str]) -> None:
-    assert cli.main(["serve", *arguments]) == 0
-    assert served == [ServerConfig(model="org/name", port=8000, context_length=64)]
-    assert served[0].model_name() == "name"
-
-
-def test_a_flag_counts_before_the_environment_and_that_before_the_file(
-    served: list[ServerConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    file = tmp_path / "settings.yaml"
-    file.write_text("port: 1\nhost: a\nmax-running-requests: 7\n")
-    monkeypatch.setenv("SAPWOOD_PORT", "2")
-    monkeypatch.setenv("SAPWOOD_HOST", "b")
-    assert cli.main(["serve", "--config", str(file), "--port", "3"]) == 0
-    assert (served[0].port, served[0].host, served[0].max_running_requests) == (3, "b", 7)
-
-
 def test_generate_reads_the_environment_too(engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAPWOOD_NUM_THREADS", "3")
     monkeypatch.setenv("SAPWOOD_PORT", "8000")  # a server's: no concern of this command
     assert cli.main(["generate", "m", "x"]) == 0
     assert engine.made[0].settings == {"num_threads": 3}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["a", "b"], "unknown argument 'b'; serve takes one model"),
-        (["a", "--model", "b"], "two models: 'a' and --model 'b'"),
-        (["--prot", "1"], "unknown option '--prot'; did you mean --port?"),
-        (["--port", "x"], "argument --port: expected an integer, got 'x'"),
-        (["--port", "65536"], "port must be 0..65535, got 65536"),
-        (["--tp", "2"], "sapwood has no --tp: one server uses one device"),
-        (["--quantization", "int8"], "quantisation is planned"),
-        (["--api-key", "with space"], "--api-key must be visible ASCII characters without spaces"),
-        (["--allowed-origins", "example.org"], "--allowed-origins must be '*' or like"),
-        (["--config", "/nowhere.yaml"], "config file /nowhere.yaml cannot be read: No such file"),
-        (["--temperature", "1"], "sapwood has no --temperature: a request says it"),
-    ],
-)
-def test_usage_errors_of_serve(
-    served: list[ServerConfig], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert cli.main(["serve", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("sapwood: error: ") and err.count("\n") == 1 and message in err
-    assert served == []
-
-
-def test_an_error_names_the_source_of_the_setting(
-    served: list[ServerConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SAPWOOD_PORT", "70000")
-    assert cli.main(["serve"]) == 2
-    assert "port must be 0..65535, got 70000 (from SAPWOOD_PORT)" in capsys.readouterr().err
-    monkeypatch.setenv("SAPWOOD_PORT", "many")
-    assert cli.main(["serve"]) == 2
-    assert "SAPWOOD_PORT: expected an integer, got 'many'" in capsys.readouterr().err
-
-
-def test_what_is_not_needed_is_a_note(served: list[ServerConfig], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["serve", "--enable-metrics", "--trust-remote-code"]) == 0
-    assert served == [ServerConfig()]
-    err = capsys.readouterr().err
-    assert "--enable-metrics is not needed" in err and "--trust-remote-code is not needed" in err
 
 
 def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,17 +217,6 @@ def test_no_command_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert out == "" and err.index("serve ") < err.index("generate ")
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr() == (err, "")
-
-
-def test_help_of_serve_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["serve", "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    headings = ["\nmodel:", "\nmemory:", "\nscheduling:", "\nexecutor:", "\nserver:", "\naccess:", "\nlimits:"]
-    assert [text.index(heading) for heading in headings] == sorted(text.index(heading) for heading in headings)
-    for name in ServerConfig.__struct_fields__:
-        assert f"--{name.replace('_', '-')} " in text or f"--{name.replace('_', '-')}\n" in text
 
 
 @pytest.mark.parametrize(("error", "code"), [(InvalidRequest("no\nsuch model"), 2), (CapacityError("full"), 1)])

@@ -130,6 +130,9 @@ def test_the_environment(tmp_path: Path) -> None:
     file.write_text("host: a\nport: 1")
     named = collect(ServerConfig, {}, None, {"SAPWOOD_CONFIG": str(file), "SAPWOOD_PORT": "2"})
     assert named.values == {"host": "a", "port": 2}
+    flagged = collect(ServerConfig, {"port": 3}, str(file), {"SAPWOOD_PORT": "2", "SAPWOOD_HOST": "b"})
+    assert flagged.values == {"host": "b", "port": 3}
+    assert flagged.origins == {"host": "SAPWOOD_HOST"}
     for text in ("maybe", "", "2"):
         with pytest.raises(InvalidRequest, match=r"SAPWOOD_LOG_REQUESTS: expected true or false"):
             collect(ServerConfig, {}, None, {"SAPWOOD_LOG_REQUESTS": text})
