@@ -2,7 +2,8 @@
 
     SapwoodError
     ├── InvalidRequest      the caller's arguments are wrong (HTTP 400); also a ValueError
-    │   └── UnsupportedModel    the checkpoint needs what this version does not have
+    │   ├── UnsupportedModel    the checkpoint needs what this version does not have
+    │   └── PromptTooLong       more tokens than the context or the KV pool can hold
     ├── CapacityError       no room now: queue, rows or KV pool are full (HTTP 503)
     ├── EngineDead          the engine has stopped or its executor failed
     └── InternalError       a broken invariant: a bug of ours
@@ -25,6 +26,10 @@ class InvalidRequest(SapwoodError, ValueError):
 
 class UnsupportedModel(InvalidRequest):
     """The checkpoint's architecture or one of its features is not supported."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt has more tokens than the context length, or than the whole KV pool, can hold."""
 
 
 class MissingExtra(SapwoodError, ImportError):

@@ -39,8 +39,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids   token ids that end the request, besides the model's own end tokens
     ignore_eos       do not end on the model's end tokens (stop_token_ids still end)
     seed             0 .. 2**64-1; None draws one, reported in the output, so that any result can be repeated
-    n                choices to generate for the prompt, 1..MAX_N; they share its tokens in the prefix cache. With one seed
-                     they still differ
+    n                choices to generate for the prompt, 1..MAX_N; they share its tokens in the prefix cache, and differ
+                     with one seed, too
     return_logprob   report log-probabilities of the chosen tokens (raw distribution, before temperature)
     skip_special_tokens  leave special tokens out of the text
 

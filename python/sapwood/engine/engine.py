@@ -31,7 +31,7 @@ from sapwood.engine.output import OutputProcessor, TextDecoder
 from sapwood.engine.plan import Planner
 from sapwood.engine.request_state import Ints, Phase, RequestState
 from sapwood.engine.scheduler import Scheduler
-from sapwood.errors import CapacityError, EngineDead, InternalError, InvalidRequest
+from sapwood.errors import CapacityError, EngineDead, InternalError, InvalidRequest, PromptTooLong
 from sapwood.memory.prefix_cache import PagePool, make_cache, namespace_id
 from sapwood.request import ErrorType, FinishReason
 
@@ -326,13 +326,13 @@ class StepLoop:
     def _fix_limits(self, req: RequestState, prompt: Ints) -> None:
         params, length = req.params, len(prompt)
         if length + 1 > self.context_len:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"the prompt has {length} tokens, but with a context length of {self.context_len} at most "
                 f"{self.context_len - 1} are possible; shorten it, or raise --context-length if the model allows it",
                 "prompt",
             )
         if not self._pool.fits_at_all(length + 1):
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"the prompt has {length} tokens and needs {self._pool.pages_for(length + 1)} pages of "
                 f"{self._pool.page_size}, but the KV pool has {min(self._pool.num_pages)} "
                 f"({self._pool.capacity_tokens()} tokens); shorten it or raise --max-total-tokens",

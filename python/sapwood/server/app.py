@@ -95,7 +95,7 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     elif error.status_code == 404:
         problem = Problem(404, f"there is no route {path!r:.200}; /openapi.json lists them", code="route_not_found")
     else:
-        problem = Problem(error.status_code, error.detail)
+        problem = Problem(error.status_code, error.detail, headers=error.headers or {})
     service.metrics.count_answer(method, "other", problem.status)
     headers: dict[str, Any] = dict(problem.headers)
     return Response(problem.body(), problem.status, headers, media_type="application/json")

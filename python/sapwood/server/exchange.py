@@ -69,6 +69,8 @@ class Exchange:
         config = self.service.config
         kind = self.header(b"content-type")
         # What a browser sends without asking first (forms, plain text) is refused: no page shall be able to post here.
+        # So is a body without a type, if it is a browser's: that is what sends an Origin.
+        kind = b"no type" if kind is None and self.header(b"origin") is not None else kind
         if kind is not None and kind.split(b";")[0].strip().lower() != JSON.encode():
             raise Problem(
                 415,

@@ -250,20 +250,24 @@ class BoundedHttp(HttpToolsProtocol):
         self._set_deadline(LINGER_S, self.transport.abort)
 
     def _decline_upgrade(self, rest: bytes) -> None:
-        """Take the request as one without the offer (HTTP/2 over clear text, mostly): the parser passes the body of one
-        with an offer over. rest: what came behind the head."""
+        """Read the head again, without the offer (HTTP/2 over clear text, mostly): the parser would take no body else.
+
+        rest: what came behind the head.
+        """
         self._offers_upgrade = False
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         if method == b"CONNECT":
             self._refuse(Problem(400, "CONNECT: this is not a proxy"))
             return
-        head = [b"%b %b HTTP/%b" % (method, self.url, version)]
-        head += [
-            b"%b: %b" % header for header in self.headers if header[0] not in (b"upgrade", b"connection", b"http2-settings")
-        ]
+        lines = [b"%b %b HTTP/%b" % (method, self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b"close" if b"close" in value.lower() else b"keep-alive"
+            if name not in (b"upgrade", b"http2-settings"):
+                lines.append(b"%b: %b" % (name, value))
         self.parser = httptools.HttpRequestParser(self)
         self._head_bytes = 0
-        self.data_received(b"\r\n".join(head) + b"\r\n\r\n" + rest)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
 
 def _head_too_large() -> Problem:

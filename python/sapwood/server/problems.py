@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from sapwood.errors import CapacityError, EngineDead, InvalidRequest
+from sapwood.errors import CapacityError, EngineDead, InvalidRequest, PromptTooLong
 from sapwood.request import ErrorType, RequestOutput
 
 # status -> OpenAI's `type`
@@ -71,7 +71,9 @@ def problem_of(error: Exception) -> Problem | None:
     if isinstance(error, Problem):
         return error
     if isinstance(error, InvalidRequest):
-        return Problem(400, str(error), param=error.param)
+        # OpenAI's clients look for this code, to shorten and try again.
+        code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+        return Problem(400, str(error), param=error.param, code=code)
     if isinstance(error, CapacityError):
         return Problem(503, str(error), code="queue_full", headers=RETRY_AFTER)
     if isinstance(error, EngineDead):
