@@ -2,6 +2,7 @@
 // RowTable (batch/) and the Runner (cpu_runner.cc), and the StepResult back through the CompletionQueue.
 #include "program/executor.h"
 
+#include <pthread.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -63,6 +64,7 @@ struct Executor::Impl {
       : config(std::move(c)), runner(std::move(r)), rows(config.groups, config.max_rows) {}
 
   void Loop() {
+    pthread_setname_np(pthread_self(), "sapwood-exec");  // top, perf and bench/server_cpu.py tell threads by name
     if (config.nice != 0) setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), config.nice);
     std::unique_lock lock(mutex);
     for (;;) {

@@ -7,6 +7,7 @@
 #include "program/thread_pool.h"
 
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -234,6 +235,7 @@ struct ThreadPool::Impl {
   }
 
   void WorkerLoop(int32_t thread) {
+    pthread_setname_np(pthread_self(), "sapwood-compute");
     if (nice != 0) setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), nice);
     SetFpMode(kFpMode);
     uint32_t seen = 0;

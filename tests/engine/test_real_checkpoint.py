@@ -259,3 +259,12 @@ def test_cli_writes_the_story(stories: Path, cases: list[dict]) -> None:
     assert missing.returncode == 2
     assert missing.stderr.startswith("sapwood: error:")
     assert "Traceback" not in missing.stderr
+
+
+def test_threads_have_names(stories: Path) -> None:
+    """Whoever looks at a busy server (top -H, perf, bench/server_cpu.py) sees what computes and what serves."""
+    with Engine(str(stories), dtype="float32", max_total_tokens=1024, num_threads=3) as engine:
+        engine.generate("Once", GREEDY)
+        names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    assert "sapwood-exec" in names
+    assert names.count("sapwood-compute") >= 2  # the executor's thread is the third
