@@ -1,4 +1,5 @@
-# make test: everything set up by itself in .venv, then the C++ tests and the Python tests. `make help` lists the rest.
+# make serve: everything set up by itself in .venv, then a server. make test: the same, then the C++ tests and the Python
+# tests. `make help` lists the rest.
 # Needs python >= 3.11, a C++20 compiler and make; cmake, ninja and the Python packages come from PyPI.
 
 PYTHON ?= python3
@@ -12,20 +13,30 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 WERROR ?= OFF
 CTEST_ARGS  ?= --output-on-failure
 PYTEST_ARGS ?=
+# What `make serve` serves (default: the bundled model), and further flags for it: make serve ARGS="--port 8000"
+MODEL ?=
+ARGS  ?=
 
 BIN   := $(abspath $(VENV))/bin
 PY    := $(BIN)/python
 TOOLS := $(abspath $(VENV))/.stamp-tools
 DEPS  := $(abspath $(VENV))/.stamp-deps
 TREE  := $(BUILD)/build.ninja
+READY := $(abspath $(VENV))/.stamp-serve
+SOURCES := $(shell find python cpp cuda -name __pycache__ -prune -o -type f ! -name '*.so' ! -path '*.egg-info*' -print)
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "$(PYTHON) is missing or older than Python 3.11; name a newer one: make serve PYTHON=python3.12"; exit 1; }
 # The tools' own folder first: cmake and ninja may exist nowhere else.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help test ctest pytest build lint clean gtest
+.PHONY: help serve test ctest pytest build lint clean gtest
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/  \1\t/p' Makefile
+
+serve: $(READY)  ## set up what is missing, then serve a model on 127.0.0.1:30000
+	@exec $(BIN)/sapwood serve $(MODEL) $(ARGS)
 
 test: ctest pytest  ## set up what is missing, build, run ctest and pytest
 
@@ -38,13 +49,22 @@ pytest: ctest
 build: $(DEPS)  ## the C++ tests, and sapwood._core into python/sapwood (editable install)
 	$(BIN)/cmake --build $(BUILD) --parallel $(JOBS)
 
+# An environment that `make test` has set up runs from the checkout already; a new one gets what serving needs, no more.
+$(READY): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	@$(CHECK_PYTHON)
+	@[ -x $(PY) ] || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@if [ -e $(DEPS) ]; then $(MAKE) build; else \
+	  echo "installing into $(VENV): downloads about 100 MB, compiles for a minute or two"; \
+	  $(PY) -m pip install -q --disable-pip-version-check . ; fi
+	@touch $@
+
 lint: $(DEPS)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:  ## remove what building made; .venv stays
 	rm -rf $(BUILD) build build-pip build-asan build-tsan build-release build-cuda dist
-	rm -rf python/*.egg-info python/sapwood/_core*.so python/sapwood/libsapwood_cuda.so $(DEPS)
+	rm -rf python/*.egg-info python/sapwood/_core*.so python/sapwood/libsapwood_cuda.so $(DEPS) $(READY)
 
 gtest:
 	@if ! ls /usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h $(BIN)/../include/gtest/gtest.h >/dev/null 2>&1; then \
@@ -57,8 +77,7 @@ gtest:
 	fi
 
 $(TOOLS):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is older than Python 3.11; name a newer one: make test PYTHON=python3.12"; exit 1; }
+	@$(CHECK_PYTHON)
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "pip>=23" "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.22" ninja
 	touch $@
