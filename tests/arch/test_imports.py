@@ -13,8 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "sapwood"
-# Where torch may be imported: the oracle runs on it, serving on a CPU does not.
-FRAMEWORKS = {"torch": ("program/reference.py",), "transformers": ()}
+# Where torch may be imported: the oracle runs on it, and the demo model was trained with it; serving on a CPU does not.
+TRAINING = ("sapling/muon.py", "sapling/network.py", "sapling/train.py")
+FRAMEWORKS = {"torch": ("program/reference.py", *TRAINING), "transformers": ()}
 # Who may hold the native core: those that hand it work. Policy, text and descriptions of models never do.
 CORE_USERS = (
     "program/",
