@@ -28,6 +28,7 @@ TYPES: Final = MappingProxyType(
         408: "timeout_error",
         413: "invalid_request_error",
         415: "invalid_request_error",
+        431: "invalid_request_error",
         500: "server_error",
         503: "overloaded_error",
         504: "timeout_error",
