@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +72,29 @@ def test_transformers_gives_the_same_greedy_tokens(engine: Engine, hf_tokenizer:
         with torch.no_grad():
             whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS)
         assert output.token_ids == whole[0, ids.shape[1] :].tolist(), prompt
+
+
+def test_the_decoder_that_was_trained_is_the_llama_that_is_exported(hf_tokenizer: Any) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from sapwood.sapling.network import IGNORED, Decoder, Shape
+
+    config = json.loads((MODEL_DIR / "config.json").read_text(encoding="utf-8"))
+    shape = Shape(**{field.name: config[field.name] for field in dataclasses.fields(Shape)})
+    ours = Decoder(shape)
+    weights = load_file(MODEL_DIR / "model.safetensors")
+    ours.load_state_dict({name.removeprefix("model."): value.float() for name, value in weights.items()})
+    theirs = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    ids = torch.tensor([hf_tokenizer("Once upon a time there was a little mouse. It lived by the river.")["input_ids"]])
+    targets = torch.cat((ids[:, 1:], torch.full((1, 1), IGNORED)), dim=1)
+    with torch.no_grad():
+        reference = theirs(ids, labels=ids)
+        torch.testing.assert_close(ours(ids), reference.logits, atol=1e-4, rtol=1e-4)
+        total, count = ours.loss(ids, targets)
+    assert count == ids.shape[1] - 1
+    torch.testing.assert_close(total / count, reference.loss)
 
 
 def test_the_card_says_what_the_engine_says() -> None:

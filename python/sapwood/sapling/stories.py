@@ -12,6 +12,7 @@ from typing import Final
 from sapwood.sapling.facts import FIRST_NAMES
 
 _KINDS: Final = "cat dog mouse rabbit bear fox duck frog owl hedgehog squirrel rabbit bird kitten puppy lamb".split()
+# None begins with a vowel: they all follow "a".
 _TRAITS: Final = "little small brave shy kind clever curious lazy funny gentle young happy".split()
 _PLACES: Final = (
     ("in a small house near the forest", "forest"),
@@ -90,9 +91,8 @@ def story(random: Random, kind: str | None = None) -> str:
         ("Once upon a time there was", "Once there was", "There once was", "Once upon a time there lived")
     )
     names = {"hero": hero, "he": he, "helper": helper_name}
-    article = "an" if trait[0] in "aeiou" else "a"
     paragraphs = (
-        f"{opening} {article} {trait} {kind} named {hero}. {hero} lived {home}. More than anything, "
+        f"{opening} a {trait} {kind} named {hero}. {hero} lived {home}. More than anything, "
         f"{hero} wanted {want}, because {why}.",
         f"{random.choice(_WEATHER)} {hero} went to the {place} to look for it. But then "
         f"{trouble.format(**names)}. {hero} sat down and was {random.choice(_FEELINGS)}. "
