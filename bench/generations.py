@@ -6,6 +6,7 @@ times. While tokens come, nothing is computed here but what cannot wait.
 
 from __future__ import annotations
 
+import abc
 import json
 import time
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ def error_text(error: Any) -> str:
     return text if len(text) <= MAX_ERROR_CHARS else text[:MAX_ERROR_CHARS] + "..."
 
 
-class Generation:
+class Generation(abc.ABC):
     """One request and what came of it; subclasses know an API. All times are time.perf_counter()'s.
 
     start_time     just before the request was sent
@@ -103,17 +104,18 @@ class Generation:
         self._reason = ""
         self._complete = False
 
+    @abc.abstractmethod
     def payload(self, model: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON to send: to generate request.output_len tokens, with further fields on top."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def event(self, payload: bytes, now: float) -> None:
         """Take in one event; raises msgspec.DecodeError (or its ValidationError) where it is not this API's."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def text(self) -> str:
-        raise NotImplementedError
+        """What was generated so far."""
 
     async def run(self, client: Client, model: str, fields: Mapping[str, Any]) -> None:
         """Send and read to the end. Never raises but CancelledError; what goes wrong is in `error`."""

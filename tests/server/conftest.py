@@ -8,15 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import LiveServer
+from live_server import TEMPLATE, LiveServer
 
 from sapwood.config import ServerConfig
 from sapwood.engine.async_engine import AsyncEngine, Engine
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")

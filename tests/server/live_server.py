@@ -23,6 +23,11 @@ from sapwood.server.service import Service
 T = TypeVar("T")
 START_TIMEOUT_S = 60  # on a busy machine, loading included
 
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
 
 class _Uvicorn(uvicorn.Server):
     """Says when it serves, and needs no clock to be stopped."""

@@ -12,9 +12,8 @@ import httpx
 import openai
 import pytest
 from answers import events, problem
-from live_server import LiveServer
+from live_server import TEMPLATE, LiveServer
 
-from conftest import TEMPLATE
 from sapwood.engine.async_engine import Engine
 from sapwood.request import MAX_N, ChatPrompt
 

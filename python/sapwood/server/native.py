@@ -1,7 +1,7 @@
 """SGLang's own API: /generate; and /tokenize, /detokenize as vLLM and SGLang have them.
 
-Receives exchanges from server/app.py; parses bodies with server/fields.py, asks the engine, and answers whole or
-through server/streaming.py. A stream's events hold the whole text so far, as SGLang's do, or what is new with the
+Receives exchanges from server/app.py; parses bodies with server/fields.py, asks and answers through
+server/generation.py. A stream's events hold the whole text so far, as SGLang's do, or what is new with the
 setting incremental_streaming_output.
 """
 
@@ -19,10 +19,10 @@ from sapwood.errors import InvalidRequest
 from sapwood.request import FinishReason, RequestOutput
 from sapwood.server.exchange import Exchange
 from sapwood.server.fields import Sampling, build, holds_prompts, parse
+from sapwood.server.generation import run
 from sapwood.server.openai import RequestId, chat_prompt, token_text
-from sapwood.server.problems import Problem, problem_of_output
+from sapwood.server.problems import Problem
 from sapwood.server.service import Service
-from sapwood.server.streaming import stream
 
 GENERATE_ALIASES: Final = MappingProxyType({"extra_key": "cache_salt"})
 SAMPLING_ALIASES: Final = MappingProxyType({"sampling_seed": "seed", "max_tokens": "max_new_tokens"})
@@ -95,31 +95,10 @@ async def generate(exchange: Exchange) -> None:
         params = _params(given, request, "sampling_params.")
     exchange.id = request.rid or exchange.id
     answer = _Answer(service, request, params if isinstance(params, list) else [params], is_list)
-    with service.call(exchange.id):
-        try:
-            outputs = service.engine.generate(
-                prompt,
-                params,
-                stream=request.stream,
-                request_id=exchange.id,
-                priority=request.priority,
-                cache_salt=request.cache_salt,
-            )
-            if request.stream:
-                await stream(exchange, outputs, answer.event, lambda finals: b"")
-                return
-            async with exchange.watch():
-                result = await outputs
-        except InvalidRequest as error:
-            raise type(error)(str(error), name if error.param == "prompt" else error.param) from None
-        finals = result if isinstance(result, list) else [result]
-        service.note(exchange.id, finals)
-        for output in finals:
-            problem = problem_of_output(output)
-            if problem is not None:
-                raise problem
-        bodies = [answer.body(output, output.text, output.token_ids, output.logprobs) for output in finals]
-        await exchange.answer(bodies if isinstance(result, list) else bodies[0])
+    try:
+        await run(exchange, request, prompt, params, answer)
+    except InvalidRequest as error:
+        raise type(error)(str(error), name if error.param == "prompt" else error.param) from None
 
 
 def _params(given: dict[str, Any], request: GenerateRequest, where: str) -> dict[str, Any]:
@@ -161,6 +140,13 @@ class _Answer:
         counts, index = self._counts, output.index
         before = sum(counts[:index]) if len(counts) > 1 else counts[0] * index
         return before + output.choice
+
+    def close(self, finals: list[RequestOutput]) -> bytes:
+        return b""
+
+    def whole(self, finals: list[RequestOutput]) -> bytes:
+        bodies = [self.body(output, output.text, output.token_ids, output.logprobs) for output in finals]
+        return msgspec.json.encode(bodies if self._is_list else bodies[0])
 
     def body(self, output: RequestOutput, text: str, ids: list[int], logprobs: list[float] | None) -> dict[str, Any]:
         usage, timing = output.usage, output.timing

@@ -1,7 +1,7 @@
 """OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions.
 
-Receives exchanges from server/app.py; parses bodies with server/fields.py, asks the engine, and answers whole or
-through server/streaming.py. Fields beyond OpenAI's have the names that vLLM's and SGLang's users know.
+Receives exchanges from server/app.py; parses bodies with server/fields.py, asks and answers through
+server/generation.py. Fields beyond OpenAI's have the names that vLLM's and SGLang's users know.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sapwood.errors import InvalidRequest
 from sapwood.request import ChatPrompt, FinishReason, RequestOutput
 from sapwood.server.exchange import Exchange
 from sapwood.server.fields import Sampling, holds_prompts, parse
-from sapwood.server.problems import Problem, problem_of_output
+from sapwood.server.generation import run
+from sapwood.server.problems import Problem
 from sapwood.server.service import Service
-from sapwood.server.streaming import stream
 
 FINGERPRINT: Final = f"sapwood-{__version__}"
 COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default for completions; a chat answer may fill the context
@@ -203,38 +203,15 @@ def _plain(message: Mapping[str, Any], i: int) -> dict[str, Any]:
 
 async def _run(exchange: Exchange, request: Request, prompt: Any, params: dict[str, Any], answer: _Answer) -> None:
     """Generate and answer, whole or as a stream."""
-    service = exchange.service
-    service.check_model(request.model)
+    exchange.service.check_model(request.model)
     if request.stream_options is not None and not request.stream:
         raise Problem(400, "stream_options needs stream=true", param="stream_options")
     exchange.id = request.rid or answer.prefix + exchange.id
-    answer.id = exchange.id
-    with service.call(exchange.id):
-        try:
-            outputs = service.engine.generate(
-                prompt,
-                params,
-                stream=request.stream,
-                request_id=exchange.id,
-                priority=request.priority,
-                cache_salt=request.cache_salt,
-            )
-            if request.stream:
-                options = request.stream_options or StreamOptions()
-                answer.use(options)
-                await stream(exchange, outputs, answer.event, answer.close)
-                return
-            async with exchange.watch():
-                result = await outputs
-        except InvalidRequest as error:
-            raise _in_client_words(error, answer.names) from None
-        finals = result if isinstance(result, list) else [result]
-        service.note(exchange.id, finals)
-        for output in finals:
-            problem = problem_of_output(output)
-            if problem is not None:
-                raise problem
-        await exchange.answer(answer.whole(finals))
+    answer.begin(exchange.id, request.stream_options or StreamOptions())
+    try:
+        await run(exchange, request, prompt, params, answer)
+    except InvalidRequest as error:
+        raise _in_client_words(error, answer.names) from None
 
 
 def _in_client_words(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
@@ -277,8 +254,9 @@ class _Answer(abc.ABC):
         self._latest: dict[int, RequestOutput] = {}
         self._head = b""
 
-    def use(self, options: StreamOptions) -> None:
-        """Before the first event."""
+    def begin(self, request_id: str, options: StreamOptions) -> None:
+        """Before anything is answered."""
+        self.id = request_id
         self._include_usage = bool(options.include_usage)
         self._continuous_usage = self._include_usage and bool(options.continuous_usage_stats)
         head = msgspec.json.encode(self._frame(self.chunk_kind))
