@@ -55,7 +55,7 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	@[ -x $(PY) ] || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@if [ -e $(DEPS) ]; then $(MAKE) build; else \
 	  echo "installing into $(VENV): downloads about 100 MB, compiles for a minute or two"; \
-	  $(PY) -m pip install -q --disable-pip-version-check . ; fi
+	  $(PY) -m pip install -q --disable-pip-version-check --no-compile . ; fi
 	@touch $@
 
 lint: $(DEPS)  ## ruff and mypy
