@@ -54,7 +54,7 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	@$(CHECK_PYTHON)
 	@[ -x $(PY) ] || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@if [ -e $(DEPS) ]; then $(MAKE) build; else \
-	  echo "installing into $(VENV): downloads about 100 MB, compiles for a minute or two"; \
+	  echo "installing into $(VENV): downloads about 65 MB, compiles for a minute or two"; \
 	  $(PY) -m pip install -q --disable-pip-version-check --no-compile . ; fi
 	@touch $@
 
