@@ -28,6 +28,33 @@ SlotKind ParseSlotKind(const std::string& name) {
   throw InvalidArgument(StrCat("slot kind must be linear, gate_up, table, vector or f32, got \"", name, "\""));
 }
 
+WeightFormat ParseFormat(const std::string& name) {
+  for (WeightFormat format : {WeightFormat::kAct, WeightFormat::kInt8, WeightFormat::kInt4}) {
+    if (name == WeightFormatName(format)) return format;
+  }
+  throw InvalidArgument(StrCat("weight format must be act, int8 or int4, got \"", name, "\""));
+}
+
+// What a weight [n][k] becomes when it is quantised and read back.
+py::array_t<float> QuantizedWeight(py::array_t<float, py::array::c_style | py::array::forcecast> weight,
+                                   const std::string& format_name, const std::string& isa) {
+  SAPWOOD_REQUIRE(weight.ndim() == 2, "weight must be [n, k], got ", weight.ndim(), " dimensions");
+  const WeightFormat format = ParseFormat(format_name);
+  SAPWOOD_REQUIRE(format != WeightFormat::kAct, "format must be int8 or int4, got act");
+  const int64_t n = weight.shape(0), k = weight.shape(1);
+  py::array_t<float> out({n, k});
+  std::vector<uint8_t> panel(PackedBytes(format, DType::kF32, kPanel, k));
+  for (int64_t first = 0; first < n; first += kPanel) {
+    const float* rows[kPanel];
+    for (int64_t i = 0; i < kPanel; ++i) rows[i] = first + i < n ? weight.data(first + i, 0) : nullptr;
+    Kernels(ParseIsa(isa.c_str())).quantize_panel(format, rows, k, panel.data());
+    for (int64_t i = 0; i < std::min<int64_t>(kPanel, n - first); ++i) {
+      ReadQuantizedRow(format, panel.data(), k, i, out.mutable_data(first + i, 0));
+    }
+  }
+  return out;
+}
+
 py::bytes Bytes(const std::vector<uint8_t>& data) {
   return py::bytes(reinterpret_cast<const char*>(data.data()), data.size());
 }
@@ -55,6 +82,7 @@ void BindProgram(py::module_& m) {
   });
   m.def("best_isa", [] { return IsaName(BestIsa()); });
   m.def("usable_cpus", &UsableCpus);
+  m.def("quantized_weight", &QuantizedWeight, py::arg("weight"), py::arg("format"), py::arg("isa") = "auto");
 
   py::class_<Program>(m, "ProgramBuilder")
       .def(py::init([](const std::string& act, int32_t vocab_size) {
@@ -67,7 +95,8 @@ void BindProgram(py::module_& m) {
       .def("value",
            [](Program& p, const std::string& dtype, const std::string& rows, int64_t cols) {
              SAPWOOD_REQUIRE(rows == "T" || rows == "L", "value rows must be T or L, got \"", rows, "\"");
-             p.values.push_back({ParseDType(dtype), rows == "T" ? RowSym::kT : RowSym::kL, cols});
+             const DType type = dtype == "q8" ? DType::kQ8 : ParseDType(dtype);
+             p.values.push_back({type, rows == "T" ? RowSym::kT : RowSym::kL, cols});
              return p.values.size() - 1;
            })
       .def("slot", [](Program& p) { return p.num_weight_slots++; })
@@ -79,16 +108,17 @@ void BindProgram(py::module_& m) {
       });
 
   py::class_<WeightStore, std::shared_ptr<WeightStore>>(m, "WeightStore")
-      .def(py::init([](const std::string& act, int32_t num_slots) {
-             return std::make_shared<WeightStore>(ParseAct(act), num_slots);
+      .def(py::init([](const std::string& act, int32_t num_slots, const std::string& isa) {
+             return std::make_shared<WeightStore>(ParseAct(act), num_slots, ParseIsa(isa.c_str()));
            }),
-           py::arg("act"), py::arg("num_slots"))
+           py::arg("act"), py::arg("num_slots"), py::arg("isa") = "auto")
       .def_property_readonly("total_bytes", &WeightStore::total_bytes)
       .def(
           "fill",
           [](WeightStore& store, int32_t slot, const std::string& kind,
              const std::vector<std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t>>& parts,
-             float dummy_scale, int32_t num_threads) {
+             float dummy_scale, int32_t num_threads, const std::string& format_name) {
+            const WeightFormat format = ParseFormat(format_name);
             std::vector<SlotPart> slot_parts;
             for (const auto& [address, dtype, rows, cols, stride] : parts) {
               slot_parts.push_back({reinterpret_cast<const void*>(address), ParseDType(dtype), rows, cols, stride});
@@ -97,10 +127,10 @@ void BindProgram(py::module_& m) {
             py::gil_scoped_release release;
             if (num_threads <= 0) num_threads = UsableCpus();
             ThreadPool pool(num_threads);
-            store.Fill(slot, slot_kind, slot_parts, &pool, dummy_scale);
+            store.Fill(slot, slot_kind, slot_parts, &pool, dummy_scale, format);
           },
           py::arg("slot"), py::arg("kind"), py::arg("parts"), py::kw_only(), py::arg("dummy_scale") = 0.0f,
-          py::arg("num_threads") = 0)
+          py::arg("num_threads") = 0, py::arg("format") = "act")
       .def("alias", &WeightStore::Alias, py::arg("slot"), py::arg("of"));
 
   py::class_<PyCpuRunner, PyRunner>(m, "CpuRunner")

@@ -1,40 +1,18 @@
-// Linear layers: act [M][K] x packed panels of 64 outputs, with the epilogues of kernels.h.
+// Linear layers: rows x packed panels of 64 outputs, with the epilogues of kernels.h.
 //
-// Panel by panel, so that weights stream from memory once per call; within a panel, blocks of kRowsPerBlock rows, K in
-// slices that stay in L2, register tiles of a few rows x 64 columns. A slice loads the accumulators the slice
-// before left in `c`, so an output has one chain over all of K. The epilogue works row by row on `c`, the same code for
-// every M.
+// A group of panels at a time, so that weights stream from memory once per call; within it blocks of kRowsPerBlock rows, K
+// in slices, and per slice and panel the register tiles of gemm_tiles.h. A slice loads the accumulators the slice before
+// left in `c`, so an output has one chain over all of K. The epilogue works row by row on `c`, the same code for every M.
 #pragma once
 
-#include "kernels/micro.h"
+#include "kernels/gemm_tiles.h"
+#include "kernels/quant.h"
 #include "kernels/vec_math.h"
 
 namespace sapwood::SAPWOOD_LEVEL {
 
-inline constexpr int64_t kRowsPerBlock = 96;       // 24 KB of accumulators on the stack
-inline constexpr int64_t kSliceBytes = 32 * 1024;  // of one panel: with the rows it meets, well inside 512 KB of L2
-
-// c[R][64] = or += a[R][k] x panel slice.
-template <typename T, int R>
-void GemmTile(const T* a, int64_t lda, const T* w, int64_t k, bool first, float* c) {
-  using Op = Operand<T>;
-  constexpr int C = Op::Cols(R);
-  const T* rows[R];
-  Unroll<R>([&](auto r) __attribute__((always_inline)) { rows[r.value] = a + r.value * lda; });
-  for (int j = 0; j < kPanel / kLanes; j += C) {
-    const T* columns[C];
-    Unroll<C>([&](auto i)
-                  __attribute__((always_inline)) { columns[i.value] = w + (j + i.value) * kLanes * Op::kStep; });
-    Acc<R, C> acc;
-    if (first) {
-      ZeroAcc(acc);
-    } else {
-      LoadAcc(acc, c + j * kLanes, kPanel);
-    }
-    MacElements<T, R, C>(acc, rows, columns, kPanel * Op::kStep, k);
-    StoreAcc(acc, c + j * kLanes, kPanel);
-  }
-}
+// Panels that share a slice of rows made ready, and their accumulators: 96 KB on the stack.
+inline constexpr int64_t kPanelsPerGroup = 4;
 
 SAPWOOD_INLINE int ValidLanes(int64_t n, int64_t column) {
   return static_cast<int>(Max64(0, Min64(kLanes, n - column)));
@@ -54,20 +32,28 @@ SAPWOOD_INLINE V16 LoadLanes(const float* p, int n) { return n == kLanes ? Load(
 // One row of one panel: c[64] to its output.
 template <typename T>
 void GemmEpilogue(const GemmArgs& args, const float* c, int64_t m, int64_t panel) {
+  constexpr int kHalf = kPanel / 2;
+  const auto silu_mul = [&](int j) __attribute__((always_inline)) {
+    V16 gate = Load(c + j), up = Load(c + kHalf + j);
+    if (args.bias) {  // in the order of the panels, whole
+      gate = Add(gate, Load(args.bias + panel * kPanel + j));
+      up = Add(up, Load(args.bias + panel * kPanel + kHalf + j));
+    }
+    return Mul(Silu(gate), up);
+  };
   if (args.epilogue == Epilogue::kSiluMul) {
-    constexpr int kHalf = kPanel / 2;
     T* out = static_cast<T*>(args.out) + m * args.ldc;
     for (int j = 0; j < kHalf; j += kLanes) {
       const int64_t column = panel * kHalf + j;
       const int n = ValidLanes(args.n, column);
       if (n == 0) break;
-      V16 gate = Load(c + j), up = Load(c + kHalf + j);
-      if (args.bias) {  // in the order of the panels, whole
-        gate = Add(gate, Load(args.bias + panel * kPanel + j));
-        up = Add(up, Load(args.bias + panel * kPanel + kHalf + j));
-      }
-      StoreLanes(out + column, Mul(Silu(gate), up), n);
+      StoreLanes(out + column, silu_mul(j), n);
     }
+    return;
+  }
+  if (args.epilogue == Epilogue::kSiluMulQ8) {  // half a panel is one block; past N its weights are zero, and so is it
+    static_assert(kHalf == kQ8Block);
+    QuantizeBlock(silu_mul(0), silu_mul(kLanes), static_cast<Q8Block*>(args.out) + m * args.ldc + panel);
     return;
   }
 
@@ -86,7 +72,7 @@ void GemmEpilogue(const GemmArgs& args, const float* c, int64_t m, int64_t panel
       case Epilogue::kResidual:
         StoreLanes(static_cast<float*>(args.out) + at, Add(LoadLanes(args.residual + at, n), x), n);
         break;
-      default: {  // kLogits; kSiluMul has returned
+      default: {  // kLogits; the SiLU-muls have returned
         x = Mul(x, Set1(args.scale));
         if (args.softcap > 0) x = SoftCap(x, args.softcap);
         StoreLanes(static_cast<float*>(args.out) + at, x, n);
@@ -104,27 +90,63 @@ void GemmEpilogue(const GemmArgs& args, const float* c, int64_t m, int64_t panel
 }
 
 template <typename T>
-void GemmOf(const GemmArgs& args, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  using Op = Operand<T>;
-  const int64_t panel_elements = (args.k + Op::kStep - 1) / Op::kStep * Op::kStep * kPanel;
-  const T* a = static_cast<const T*>(args.a);
-  alignas(64) float c[kRowsPerBlock * kPanel];
-  for (int64_t panel = p0; panel < p1; ++panel) {
-    const T* w = static_cast<const T*>(args.w) + panel * panel_elements;
+struct ActFormatOf {
+  using Format = DenseFormat<T>;
+};
+template <>
+struct ActFormatOf<Bf16> {
+  using Format = Choose<kBf16Dot, DenseFormat<Bf16>, WideFormat>;
+};
+
+template <typename Format, typename T>
+void GemmAs(const GemmArgs& args, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  const int64_t panel_bytes = Format::PanelBytes(args.k);
+  const char* a = static_cast<const char*>(args.a);
+  const char* w = static_cast<const char*>(args.w);
+  const int64_t row_bytes = args.lda * (args.format == WeightFormat::kAct ? int64_t{sizeof(T)} : int64_t{sizeof(Q8Block)});
+  Format format;
+  alignas(64) float c[kPanelsPerGroup * kRowsPerBlock * kPanel];
+  for (int64_t group = p0; group < p1; group += kPanelsPerGroup) {
+    const int64_t num_panels = Min64(kPanelsPerGroup, p1 - group);
     for (int64_t m = m0; m < m1; m += kRowsPerBlock) {
       const int64_t num_rows = Min64(kRowsPerBlock, m1 - m);
-      // One register tile as wide as the panel reads it once anyway: no slices.
-      const bool once = num_rows <= Op::kMaxRows && Op::Cols(static_cast<int>(num_rows)) == kPanel / kLanes;
-      const int64_t slice = once ? args.k : kSliceBytes / (kPanel * int64_t{sizeof(T)});
+      const bool few = num_rows <= Format::kFewRows;
+      const int64_t slice =
+          few ? kFewRowsSlice : (num_rows <= kSomeRows ? kL1Slice : kL2Slice) / Format::kSliceBytes / kQ8Block * kQ8Block;
       for (int64_t k = 0; k < args.k; k += slice) {
         const int64_t slice_k = Min64(slice, args.k - k);
-        ForRowBlocks<Op::kMaxRows>(num_rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
-          GemmTile<T, rows.value>(a + (m + row) * args.lda + k, args.lda, w + k * kPanel, slice_k, k == 0,
-                                  c + row * kPanel);
-        });
+        format.Rows({a + m * row_bytes + Format::RowOffset(k), args.lda, num_rows, slice_k, few});
+        for (int64_t p = 0; p < num_panels; ++p) {
+          const char* panel = w + (group + p) * panel_bytes;
+          format.Panel(panel + Format::SliceOffset(k));
+          // The same slice of the next panel; after the last, the first panel's next slice or the next group.
+          const char* next = p + 1 < num_panels   ? panel + panel_bytes + Format::SliceOffset(k)
+                             : k + slice < args.k ? w + group * panel_bytes + Format::SliceOffset(k + slice)
+                                                  : panel + panel_bytes;
+          const int64_t num_tiles = few ? 0 : (num_rows + Format::kMaxRows - 1) / Format::kMaxRows;
+          const int64_t lines = few ? 0 : Format::SliceOffset(slice_k) / (kLine * num_tiles) + 1;
+          float* rows = c + p * kRowsPerBlock * kPanel;
+          ForRowBlocks<Format::kMaxRows>(num_rows, [&](auto r, int64_t row) __attribute__((always_inline)) {
+            const Ahead ahead{next + row / Format::kMaxRows * lines * kLine, lines};
+            format.template Tile<r.value>(row, k == 0, rows + row * kPanel, ahead);
+          });
+        }
       }
-      for (int64_t row = 0; row < num_rows; ++row) GemmEpilogue<T>(args, c + row * kPanel, m + row, panel);
+      for (int64_t p = 0; p < num_panels; ++p) {
+        for (int64_t row = 0; row < num_rows; ++row) {
+          GemmEpilogue<T>(args, c + (p * kRowsPerBlock + row) * kPanel, m + row, group + p);
+        }
+      }
     }
+  }
+}
+
+template <typename T>
+void GemmOf(const GemmArgs& args, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  switch (args.format) {
+    case WeightFormat::kInt8: return GemmAs<IntFormat<false>, T>(args, m0, m1, p0, p1);
+    case WeightFormat::kInt4: return GemmAs<IntFormat<true>, T>(args, m0, m1, p0, p1);
+    case WeightFormat::kAct: return GemmAs<typename ActFormatOf<T>::Format, T>(args, m0, m1, p0, p1);
   }
 }
 

@@ -34,5 +34,20 @@ using Bf16 = uint16_t;
   return BitsToF32(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
+// Round to nearest even, subnormals included; infinity above 65504; a NaN becomes quiet.
+[[maybe_unused]] inline uint16_t F32ToF16(float x) {
+  const uint32_t bits = F32ToBits(x);
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds beyond 65504
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves x in steps of 2^-24 in the low bits, rounded
+    const uint32_t steps = F32ToBits(BitsToF32(magnitude) + 0.5f) - 0x3f000000u;
+    return static_cast<uint16_t>(sign | steps);
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
 }  // namespace
 }  // namespace sapwood

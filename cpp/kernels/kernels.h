@@ -3,7 +3,8 @@
 // Determinism contract (DESIGN 5; the tests hold every kernel to it, per ISA level): the bits of an output row depend
 // on that row's inputs alone, not on how many rows, tiles or threads there are:
 //   gemm       one accumulator chain per output, k ascending, the same instruction for every number of rows; K is
-//              never split (k-blocking loads C as the initial accumulator); explicit FMA, contraction off.
+//              never split (k-blocking loads C as the initial accumulator); explicit FMA, contraction off. Quantised
+//              weights: exact integer sums of 32 products, one float chain over those, k ascending.
 //   attention  keys in tiles of 64 and chunks of 256 at absolute positions; a chunk starts from an empty (m, l, O);
 //              chunks are merged left to right; the same code for prefill and decode. Tokens outside
 //              [lo, hi) are never multiplied: masked pages may hold NaN.
@@ -18,7 +19,8 @@
 
 namespace sapwood {
 
-enum class DType : uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI32 = 3 };
+// kQ8: rows of Q8Block, of which there are Q8Blocks(cols); the other dtypes have elements.
+enum class DType : uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI32 = 3, kQ8 = 4 };
 inline constexpr size_t DTypeBytes(DType t) { return t == DType::kF32 || t == DType::kI32 ? 4 : 2; }
 
 enum class Isa : uint8_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
@@ -28,13 +30,37 @@ const char* IsaName(Isa isa);
 // A linear weight W[N][K] (row n = output n) becomes panels of 64 outputs, shared by every ISA level:
 //   f32   [ceil(N/64)][K][64]                f32
 //   bf16  [ceil(N/64)][ceil(K/2)][64][2]     bf16, k pairs interleaved (VDPBF16PS operand order)
-// Outputs past N and an odd K's last partner are zero.
+//   int8  [ceil(N/64)][ceil(K/32)]{[8][64][4] u8, [64] f16}     w = (u8 - 128) * scale; fours of k in a lane (VPDPBUSD)
+//   int4  [ceil(N/64)][ceil(K/32)]{[4][64][4] u8, [64] f16}     w = (nibble - 8) * scale; the low nibbles are one four of
+//                                                               k, the high ones the next
+// Outputs past N and k past K are zero. int8 and int4 scale every 32 k of an output by themselves (the numerics of
+// ggml's Q8_0 and Q4_0); their layers take rows of Q8Block.
 inline constexpr int kPanel = 64;
-size_t PackedBytes(DType dtype, int64_t n, int64_t k);
+inline constexpr int kQ8Block = 32;  // neighbours along K with one scale, of weights and activations
+enum class WeightFormat : uint8_t { kAct = 0, kInt8 = 1, kInt4 = 2 };  // kAct: as the activations, f32 or bf16
+size_t PackedBytes(WeightFormat format, DType act, int64_t n, int64_t k);
+inline size_t PackedBytes(DType dtype, int64_t n, int64_t k) { return PackedBytes(WeightFormat::kAct, dtype, n, k); }
 // Pack panels [panel_begin, panel_end). rows[i] = pointer to source row i (K elements of src), or null for a zero row;
 // i runs over ceil(N/64)*64 rows. src f16/bf16/f32 are converted to dst (f32 or bf16, round to nearest even).
 void PackPanels(DType dst, void* out, int64_t n, int64_t k, const void* const* rows, DType src, int64_t panel_begin,
                 int64_t panel_end);
+
+// Output `row` (0..63) of a packed int8 or int4 panel as the k floats it stands for (tests, the reference executor).
+void ReadQuantizedRow(WeightFormat format, const void* panel, int64_t k, int64_t row, float* out);
+const char* WeightFormatName(WeightFormat format);
+
+// 32 neighbours of a row of activations: x[i] = q[i] * scale. The sums undo the offsets of the weights.
+struct Q8Block {
+  int8_t q[kQ8Block];
+  float scale;
+  int32_t minus_8_sums, minus_128_sums;  // -8 and -128 times the sum of q
+  int32_t unused;
+};
+static_assert(sizeof(Q8Block) == 48);
+inline constexpr int64_t Q8Blocks(int64_t cols) { return (cols + kQ8Block - 1) / kQ8Block; }
+inline constexpr size_t RowBytes(DType t, int64_t cols) {
+  return t == DType::kQ8 ? static_cast<size_t>(Q8Blocks(cols)) * sizeof(Q8Block) : static_cast<size_t>(cols) * DTypeBytes(t);
+}
 
 // --- KV pages --------------------------------------------------------------------------------------------------
 // One page of one layer: [kv_head][K block | V block], head_dim padded to a multiple of 16 (Dp), padding zero:
@@ -60,22 +86,24 @@ enum class Epilogue : uint8_t {
   kStoreF32,   // out f32 [M][N]  = acc + bias
   kResidual,   // out f32 [M][N]  = residual + (acc + bias)          (residual may alias out)
   kSiluMul,    // panel = 32 gate + 32 up columns; out act [M][N/2]  = silu(gate) * up   (N = 2I padded to panels)
+  kSiluMulQ8,  // the same, out kQ8
   kLogits,     // out f32 [M][N]  = (acc + bias) * scale (softcap > 0: softcap * tanh(x / softcap));
                // block_max [M][ceil(N/64)], NaN where a logit of the block is
 };
 
 struct GemmArgs {
-  const void* a;          // act [M][lda]
-  int64_t lda;            // elements; >= K
-  const void* w;          // packed panels, same dtype as act
+  const void* a;          // act [M][lda], or Q8Block [M][lda] of quantised weights
+  int64_t lda;            // elements >= K, or blocks >= Q8Blocks(K)
+  const void* w;          // packed panels
   const float* bias;      // [N] or null (kSiluMul: [panels * 64] in the order of the panels)
   const float* residual;  // f32 [M][ldc] (kResidual)
   void* out;              // [M][ldc]
-  int64_t ldc;
+  int64_t ldc;            // elements, or blocks of kSiluMulQ8
   int64_t n, k;           // n: valid outputs (kSiluMul: n = I, the valid output columns)
   float scale = 1.0f, softcap = 0.0f;
   float* block_max = nullptr;  // kLogits, ld = ceil(n/64)
   Epilogue epilogue;
+  WeightFormat format = WeightFormat::kAct;
 };
 
 // One item = the query rows [q_begin, q_begin + q_len) of one segment against one kv head.
@@ -114,15 +142,19 @@ struct RopeKvArgs {
 
 struct KernelTable {
   Isa isa;
-  // Rows [m0, m1) of panels [p0, p1). act = dtype of a and w.
+  // Rows [m0, m1) of panels [p0, p1). act = dtype of the activations and of kAct weights.
   void (*gemm)(DType act, const GemmArgs& args, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
-  // y[H] act = x[H] * rsqrt(mean(x^2) + eps) * w, or * (1 + w) when plus_one. One row.
-  void (*rms_norm)(DType act, const float* x, const float* w, void* y, int64_t h, float eps, bool plus_one);
+  // y[H] = x[H] * rsqrt(mean(x^2) + eps) * w, or * (1 + w) when plus_one; y is f32, bf16 or kQ8. One row.
+  void (*rms_norm)(DType y_dtype, const float* x, const float* w, void* y, int64_t h, float eps, bool plus_one);
   // One token: per-head norm, rope, q out, K and V into the page (each rounded to act once).
   void (*rope_kv)(DType act, const RopeKvArgs& args);
   void (*attention)(DType act, const AttentionArgs& args);
   // x f32[h] = table[row] * scale; table is act.
   void (*embed)(DType act, const void* table_row, float* x, int64_t h, float scale);
+  // y = x of h elements as Q8Blocks. One row.
+  void (*quantize)(DType act, const void* x, Q8Block* y, int64_t h);
+  // One packed panel of format int8 or int4 from 64 rows of k floats, null = zero.
+  void (*quantize_panel)(WeightFormat format, const float* const* rows, int64_t k, uint8_t* panel);
 };
 
 // Best level this CPU has (cpuid and XCR0).

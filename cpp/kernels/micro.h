@@ -43,18 +43,14 @@ struct Acc {
   V16 v[R][C];
 };
 
-// a[r]: row r at its first step. b[c]: column c at its first step; b_stride elements from one step to the next.
-// ahead: null, or C columns like b that will be read next and are prefetched meanwhile, line by line: in a burst
-// they would only queue behind each other.
-template <typename T, int R, int C>
-SAPWOOD_INLINE void MacSteps(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
-                             int64_t num_steps, const T* const* ahead = nullptr) {
+// Steps [begin, end). a[r]: row r at step 0. b[c]: column c at step 0; b_stride elements from one step to the next.
+// before(s) comes before each step: a place for prefetches.
+template <typename T, int R, int C, typename Before>
+SAPWOOD_INLINE void MacStepsWith(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
+                                 int64_t begin, int64_t end, Before&& before) {
   using Op = Operand<T>;
-  for (int64_t s = 0; s < num_steps; ++s) {
-    if (ahead) {
-      Unroll<C>([&](auto c)
-                    __attribute__((always_inline)) { __builtin_prefetch(ahead[c.value] + s * b_stride, 0, 2); });
-    }
+  for (int64_t s = begin; s < end; ++s) {
+    before(s);
     typename Op::B column[C];
     Unroll<C>([&](auto c) __attribute__((always_inline)) { column[c.value] = Op::LoadB(b[c.value] + s * b_stride); });
     Unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -66,11 +62,22 @@ SAPWOOD_INLINE void MacSteps(Acc<R, C>& acc, const T* const (&a)[R], const T* co
   }
 }
 
-// As MacSteps over k elements; an odd K of bf16 ends in half a pair.
+// ahead: null, or C columns like b that will be read next and are prefetched meanwhile, line by line: in a burst
+// they would only queue behind each other.
 template <typename T, int R, int C>
-SAPWOOD_INLINE void MacElements(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
-                                int64_t k, const T* const* ahead = nullptr) {
-  MacSteps<T, R, C>(acc, a, b, b_stride, k / Operand<T>::kStep, ahead);
+SAPWOOD_INLINE void MacSteps(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
+                             int64_t num_steps, const T* const* ahead = nullptr) {
+  MacStepsWith<T, R, C>(acc, a, b, b_stride, 0, num_steps, [&](int64_t s) __attribute__((always_inline)) {
+    if (!ahead) return;
+    Unroll<C>([&](auto c)
+                  __attribute__((always_inline)) { __builtin_prefetch(ahead[c.value] + s * b_stride, 0, 2); });
+  });
+}
+
+// Of k elements the one that the steps leave: an odd K of bf16 ends in half a pair.
+template <typename T, int R, int C>
+SAPWOOD_INLINE void MacOddElement(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
+                                  int64_t k) {
   if constexpr (Operand<T>::kStep == 2) {
     if (k % 2 == 0) return;
     Unroll<C>([&](auto c) __attribute__((always_inline)) {
@@ -81,6 +88,14 @@ SAPWOOD_INLINE void MacElements(Acc<R, C>& acc, const T* const (&a)[R], const T*
       });
     });
   }
+}
+
+// As MacSteps over k elements.
+template <typename T, int R, int C>
+SAPWOOD_INLINE void MacElements(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
+                                int64_t k, const T* const* ahead = nullptr) {
+  MacSteps<T, R, C>(acc, a, b, b_stride, k / Operand<T>::kStep, ahead);
+  MacOddElement<T, R, C>(acc, a, b, b_stride, k);
 }
 
 // c points at R rows of accumulators, c_stride floats apart.

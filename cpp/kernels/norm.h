@@ -1,4 +1,4 @@
-// RMSNorm and embedding of one row, and the sum of squares that per-head norms share.
+// RMSNorm, embedding and quantisation of one row, and the sum of squares that per-head norms share.
 #pragma once
 
 #include "kernels/gemm.h"
@@ -32,11 +32,38 @@ void RmsNormOf(const float* x, const float* w, T* y, int64_t h, float eps, bool 
   }
 }
 
-inline void RmsNorm(DType act, const float* x, const float* w, void* y, int64_t h, float eps, bool plus_one) {
+inline void RmsNormQ8(const float* x, const float* w, Q8Block* y, int64_t h, float eps, bool plus_one) {
+  const V16 r = Set1(InverseRms(x, h, eps));
+  QuantizeRow(h, y, [&](int64_t i) __attribute__((always_inline)) {
+    const int n = ValidLanes(h, i);
+    if (n == 0) return Zero();
+    V16 weight = LoadLanes(w + i, n);
+    if (plus_one) weight = Add(Set1(1.0f), weight);
+    return Mul(Mul(LoadLanes(x + i, n), r), weight);
+  });
+}
+
+inline void RmsNorm(DType y_dtype, const float* x, const float* w, void* y, int64_t h, float eps, bool plus_one) {
+  switch (y_dtype) {
+    case DType::kQ8: return RmsNormQ8(x, w, static_cast<Q8Block*>(y), h, eps, plus_one);
+    case DType::kBF16: return RmsNormOf(x, w, static_cast<Bf16*>(y), h, eps, plus_one);
+    default: return RmsNormOf(x, w, static_cast<float*>(y), h, eps, plus_one);
+  }
+}
+
+template <typename T>
+void QuantizeOf(const T* x, Q8Block* y, int64_t h) {
+  QuantizeRow(h, y, [&](int64_t i) __attribute__((always_inline)) {
+    const int n = ValidLanes(h, i);
+    return n == kLanes ? Load(x + i) : n > 0 ? LoadN(x + i, n) : Zero();
+  });
+}
+
+inline void Quantize(DType act, const void* x, Q8Block* y, int64_t h) {
   if (act == DType::kBF16) {
-    RmsNormOf(x, w, static_cast<Bf16*>(y), h, eps, plus_one);
+    QuantizeOf(static_cast<const Bf16*>(x), y, h);
   } else {
-    RmsNormOf(x, w, static_cast<float*>(y), h, eps, plus_one);
+    QuantizeOf(static_cast<const float*>(x), y, h);
   }
 }
 

@@ -56,7 +56,8 @@ void PackAs(Dst* out, int64_t k, const void* const* rows, DType src, int64_t pan
     case DType::kF32: return Pack<Dst, float>(out, k, rows, panel_begin, panel_end);
     case DType::kBF16: return Pack<Dst, Bf16>(out, k, rows, panel_begin, panel_end);
     case DType::kF16: return Pack<Dst, Fp16>(out, k, rows, panel_begin, panel_end);
-    case DType::kI32: break;
+    case DType::kI32:
+    case DType::kQ8: break;
   }
   throw InvalidArgument(StrCat("weights must be f32, bf16 or f16, got dtype ", static_cast<int>(src)));
 }
@@ -68,10 +69,14 @@ void RequirePackable(DType dtype) {
 
 }  // namespace
 
-size_t PackedBytes(DType dtype, int64_t n, int64_t k) {
+size_t PackedBytes(WeightFormat format, DType dtype, int64_t n, int64_t k) {
   RequirePackable(dtype);
   SAPWOOD_REQUIRE(n >= 0 && k >= 0, "a weight's shape must not be negative, got [", n, ", ", k, "]");
   const size_t num_panels = static_cast<size_t>((n + kPanel - 1) / kPanel);
+  if (format != WeightFormat::kAct) {
+    const int64_t block_bytes = (format == WeightFormat::kInt8 ? kQ8Block : kQ8Block / 2) + 2;
+    return num_panels * static_cast<size_t>(Q8Blocks(k) * kPanel * block_bytes);
+  }
   const size_t padded_k = static_cast<size_t>(dtype == DType::kBF16 ? (k + 1) / 2 * 2 : k);
   return num_panels * padded_k * kPanel * DTypeBytes(dtype);
 }
@@ -86,6 +91,37 @@ void PackPanels(DType dst, void* out, int64_t n, int64_t k, const void* const* r
     PackAs(static_cast<float*>(out), k, rows, src, panel_begin, panel_end);
   } else {
     PackAs(static_cast<Bf16*>(out), k, rows, src, panel_begin, panel_end);
+  }
+}
+
+const char* WeightFormatName(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kAct: return "act";
+    case WeightFormat::kInt8: return "int8";
+    case WeightFormat::kInt4: return "int4";
+  }
+  throw InternalError(StrCat("no weight format ", static_cast<int>(format)));
+}
+
+void ReadQuantizedRow(WeightFormat format, const void* panel, int64_t k, int64_t row, float* out) {
+  SAPWOOD_REQUIRE(format != WeightFormat::kAct && row >= 0 && row < kPanel,
+                  "a row 0..63 of an int8 or int4 panel is wanted, got row ", row, " of format ", WeightFormatName(format));
+  const bool nibbles = format == WeightFormat::kInt4;
+  const int64_t value_bytes = kPanel * (nibbles ? kQ8Block / 2 : kQ8Block);
+  const auto* group = static_cast<const uint8_t*>(panel);
+  for (int64_t i = 0; i < k; ++i) {
+    if (i > 0 && i % kQ8Block == 0) group += value_bytes + 2 * kPanel;
+    const int64_t j = i % kQ8Block;
+    uint16_t scale;
+    std::memcpy(&scale, group + value_bytes + 2 * row, 2);
+    int q;
+    if (nibbles) {
+      const uint8_t byte = group[(j / 8 * kPanel + row) * 4 + j % 4];
+      q = (j % 8 < 4 ? byte & 15 : byte >> 4) - 8;
+    } else {
+      q = group[(j / 4 * kPanel + row) * 4 + j % 4] - 128;
+    }
+    out[i] = static_cast<float>(q) * F16ToF32(scale);
   }
 }
 

@@ -127,6 +127,7 @@ SAPWOOD_INLINE float ReduceMax(V16 a) {
 SAPWOOD_INLINE float FirstLane(V16 a) { return _mm256_cvtss_f32(a.lo); }
 
 // --- bf16 pairs: acc[i] += a.first * b[i].first, then += a.second * b[i].second ---
+inline constexpr bool kBf16Dot = false;  // a product of pairs is two of floats
 struct PairA {
   V16 first, second;
 };
@@ -152,14 +153,69 @@ SAPWOOD_INLINE PairB LoadPair(const Bf16* p) {
   const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
   return {{FirstOfPair(lo), FirstOfPair(hi)}, {SecondOfPair(lo), SecondOfPair(hi)}};
 }
+SAPWOOD_INLINE V16 First(PairB b) { return b.first; }
+SAPWOOD_INLINE V16 Second(PairB b) { return b.second; }
 SAPWOOD_INLINE PairB KeepFirst(PairB b) { return {b.first, Zero()}; }
 SAPWOOD_INLINE PairB KeepSecond(PairB b) { return {Zero(), b.second}; }
 SAPWOOD_INLINE V16 PairMac(V16 acc, PairA a, PairB b) { return Fma(a.second, b.second, Fma(a.first, b.first, acc)); }
+
+// --- int8: acc[i] += sum of four products of a weight and a signed activation ---
+struct V16i {
+  __m256i lo, hi;
+};
+// VPMADDUBSW wants one unsigned operand and saturates at 16 bits: |w| times a under w's sign stays below 2 * 128 * 127.
+struct DotB {
+  __m256i lo, hi, abs_lo, abs_hi;
+};
+SAPWOOD_INLINE DotB SignedB(__m256i lo, __m256i hi) { return {lo, hi, _mm256_abs_epi8(lo), _mm256_abs_epi8(hi)}; }
+SAPWOOD_INLINE __m256i LoadBytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+// The weights are signed here, so there is no offset to undo.
+SAPWOOD_INLINE V16i DotStart(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+SAPWOOD_INLINE DotB LoadInt8(const uint8_t* p) {
+  const __m256i offset = _mm256_set1_epi8(-128);
+  return SignedB(_mm256_xor_si256(LoadBytes(p), offset), _mm256_xor_si256(LoadBytes(p + 32), offset));
+}
+SAPWOOD_INLINE void LoadInt4(const uint8_t* p, DotB& low, DotB& high) {
+  const __m256i v0 = LoadBytes(p), v1 = LoadBytes(p + 32), nibble = _mm256_set1_epi8(15), offset = _mm256_set1_epi8(8);
+  const auto part = [&](__m256i v)
+                        __attribute__((always_inline)) { return _mm256_sub_epi8(_mm256_and_si256(v, nibble), offset); };
+  low = SignedB(part(v0), part(v1));
+  high = SignedB(part(_mm256_srli_epi16(v0, 4)), part(_mm256_srli_epi16(v1, 4)));
+}
+SAPWOOD_INLINE V16i Dot(V16i acc, const int8_t* a, DotB b) {
+  int32_t four;
+  __builtin_memcpy(&four, a, 4);
+  const __m256i x = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  const auto half = [&](__m256i sum, __m256i w, __m256i abs) __attribute__((always_inline)) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(abs, _mm256_sign_epi8(x, w)), ones));
+  };
+  return {half(acc.lo, b.lo, b.abs_lo), half(acc.hi, b.hi, b.abs_hi)};
+}
+SAPWOOD_INLINE V16 ToF32(V16i x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
+SAPWOOD_INLINE V16 LoadF16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+// Rounds to the nearest integers, ties to even; returns their sum.
+SAPWOOD_INLINE int32_t StoreInt8(int8_t* p, V16 x) {
+  const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi);
+  const __m128i words_lo = _mm_packs_epi32(_mm256_castsi256_si128(lo), _mm256_extracti128_si256(lo, 1));
+  const __m128i words_hi = _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words_lo, words_hi));
+  const __m256i s8 = _mm256_add_epi32(lo, hi);
+  const __m128i s4 = _mm_add_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+  const __m128i s2 = _mm_add_epi32(s4, _mm_shuffle_epi32(s4, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s2, _mm_shuffle_epi32(s2, 0xb1)));
+}
 
 // Register tiles: R rows x ColsFor(R) vectors of accumulators (two registers each), out of 16 registers.
 inline constexpr int kMaxRowsF32 = 6;
 inline constexpr int kMaxRowsBf16 = 4;
 inline constexpr int ColsForF32(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 inline constexpr int ColsForBf16(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+inline constexpr int kMaxRowsPairs = 2;  // bf16 widened in registers
+inline constexpr int kMaxRowsInt8 = 3;
+inline constexpr int kMaxRowsInt4 = 3;  // nibbles taken apart in registers
+inline constexpr int ColsForInt8(int) { return 1; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

@@ -99,6 +99,7 @@ SAPWOOD_INLINE int PairBits(const Bf16* p) {
   return bits;
 }
 #ifdef SAPWOOD_BF16_DOT
+inline constexpr bool kBf16Dot = true;
 struct PairA {
   __m512i v;
 };
@@ -107,6 +108,10 @@ struct PairB {
 };
 SAPWOOD_INLINE PairA BroadcastPairBits(int bits) { return {_mm512_set1_epi32(bits)}; }
 SAPWOOD_INLINE PairB LoadPair(const Bf16* p) { return {_mm512_loadu_si512(p)}; }
+SAPWOOD_INLINE V16 First(PairB b) { return {_mm512_castsi512_ps(_mm512_slli_epi32(b.v, 16))}; }
+SAPWOOD_INLINE V16 Second(PairB b) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(b.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
 SAPWOOD_INLINE PairB KeepFirst(PairB b) { return {_mm512_and_si512(b.v, _mm512_set1_epi32(0x0000ffff))}; }
 SAPWOOD_INLINE PairB KeepSecond(PairB b) {
   return {_mm512_and_si512(b.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))};
@@ -116,6 +121,7 @@ SAPWOOD_INLINE V16 PairMac(V16 acc, PairA a, PairB b) {
 }
 inline constexpr int kMaxRowsBf16 = 6;
 #else
+inline constexpr bool kBf16Dot = false;
 struct PairA {
   V16 first, second;
 };
@@ -131,15 +137,52 @@ SAPWOOD_INLINE PairA BroadcastPairBits(int bits) {
   return {split.first, split.second};
 }
 SAPWOOD_INLINE PairB LoadPair(const Bf16* p) { return SplitPair(_mm512_loadu_si512(p)); }
+SAPWOOD_INLINE V16 First(PairB b) { return b.first; }
+SAPWOOD_INLINE V16 Second(PairB b) { return b.second; }
 SAPWOOD_INLINE PairB KeepFirst(PairB b) { return {b.first, Zero()}; }
 SAPWOOD_INLINE PairB KeepSecond(PairB b) { return {Zero(), b.second}; }
 SAPWOOD_INLINE V16 PairMac(V16 acc, PairA a, PairB b) { return Fma(a.second, b.second, Fma(a.first, b.first, acc)); }
 inline constexpr int kMaxRowsBf16 = 4;
 #endif
 
+// --- int8: acc[i] += sum of four products of an unsigned weight and a signed activation ---
+struct V16i {
+  __m512i v;
+};
+struct DotB {
+  __m512i v;
+};
+// The weights' offset is undone by where the chain of a block begins: at -offset times the sum of its activations.
+SAPWOOD_INLINE V16i DotStart(int32_t minus_offset_sums) { return {_mm512_set1_epi32(minus_offset_sums)}; }
+SAPWOOD_INLINE DotB LoadInt8(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+SAPWOOD_INLINE void LoadInt4(const uint8_t* p, DotB& low, DotB& high) {
+  const __m512i v = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
+  low.v = _mm512_and_si512(v, nibble);
+  high.v = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+}
+SAPWOOD_INLINE V16i Dot(V16i acc, const int8_t* a, DotB b) {
+  int32_t four;
+  __builtin_memcpy(&four, a, 4);
+  return {_mm512_dpbusd_epi32(acc.v, b.v, _mm512_set1_epi32(four))};
+}
+SAPWOOD_INLINE V16 ToF32(V16i x) { return {_mm512_cvtepi32_ps(x.v)}; }
+SAPWOOD_INLINE V16 LoadF16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// Rounds to the nearest integers, ties to even; returns their sum.
+SAPWOOD_INLINE int32_t StoreInt8(int8_t* p, V16 x) {
+  const __m512i q = _mm512_cvtps_epi32(x.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(q));
+  return _mm512_reduce_add_epi32(q);
+}
+
 // Register tiles: R rows x ColsFor(R) vectors of accumulators, out of 32 registers.
 inline constexpr int kMaxRowsF32 = 6;
 inline constexpr int ColsForF32(int) { return 4; }
 inline constexpr int ColsForBf16(int) { return 4; }
+inline constexpr int kMaxRowsPairs = 4;  // bf16 widened in registers
+inline constexpr int kMaxRowsInt8 = 6;
+inline constexpr int kMaxRowsInt4 = 4;  // nibbles taken apart in registers
+inline constexpr int ColsForInt8(int) { return 4; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

@@ -133,6 +133,7 @@ SAPWOOD_INLINE float ReduceMax(V16 a) {
 SAPWOOD_INLINE float FirstLane(V16 a) { return a.q[0][0]; }
 
 // --- bf16 pairs: acc[i] += a.first * b[i].first, then += a.second * b[i].second ---
+inline constexpr bool kBf16Dot = false;  // a product of pairs is two of floats
 struct PairA {
   V16 first, second;
 };
@@ -154,14 +155,68 @@ SAPWOOD_INLINE PairB LoadPair(const Bf16* p) {
 #error "packed bf16 pairs are little-endian"
 #endif
 }
+SAPWOOD_INLINE V16 First(PairB b) { return b.first; }
+SAPWOOD_INLINE V16 Second(PairB b) { return b.second; }
 SAPWOOD_INLINE PairB KeepFirst(PairB b) { return {b.first, Zero()}; }
 SAPWOOD_INLINE PairB KeepSecond(PairB b) { return {Zero(), b.second}; }
 SAPWOOD_INLINE V16 PairMac(V16 acc, PairA a, PairB b) { return Fma(a.second, b.second, Fma(a.first, b.first, acc)); }
+
+// --- int8: acc[i] += sum of four products of a weight and a signed activation ---
+struct V16i {
+  int32_t v[kLanes];
+};
+struct DotB {
+  int8_t v[kLanes * 4];
+};
+// The weights are signed here, so there is no offset to undo.
+SAPWOOD_INLINE V16i DotStart(int32_t) { return {}; }
+SAPWOOD_INLINE DotB LoadInt8(const uint8_t* p) {
+  DotB b;
+  for (int i = 0; i < kLanes * 4; ++i) b.v[i] = static_cast<int8_t>(p[i] - 128);
+  return b;
+}
+SAPWOOD_INLINE void LoadInt4(const uint8_t* p, DotB& low, DotB& high) {
+  for (int i = 0; i < kLanes * 4; ++i) {
+    low.v[i] = static_cast<int8_t>((p[i] & 15) - 8);
+    high.v[i] = static_cast<int8_t>((p[i] >> 4) - 8);
+  }
+}
+SAPWOOD_INLINE V16i Dot(V16i acc, const int8_t* a, DotB b) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < 4; ++j) acc.v[i] += b.v[4 * i + j] * a[j];
+  }
+  return acc;
+}
+SAPWOOD_INLINE V16 ToF32(V16i x) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(x.v[i]);
+  return Load(lanes);
+}
+SAPWOOD_INLINE V16 LoadF16(const uint16_t* p) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = F16ToF32(p[i]);
+  return Load(lanes);
+}
+// Rounds to the nearest integers, ties to even; returns their sum.
+SAPWOOD_INLINE int32_t StoreInt8(int8_t* p, V16 x) {
+  // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
+  const V16 magic = Add(x, Set1(12582912.0f));
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    p[i] = static_cast<int8_t>(F32ToBits(magic.q[i / 4][i % 4]));
+    sum += p[i];
+  }
+  return sum;
+}
 
 // Register tiles: R rows x ColsFor(R) vectors of accumulators (four registers each), out of 16 registers.
 inline constexpr int kMaxRowsF32 = 2;
 inline constexpr int kMaxRowsBf16 = 2;
 inline constexpr int ColsForF32(int rows) { return rows == 1 ? 2 : 1; }
 inline constexpr int ColsForBf16(int) { return 1; }
+inline constexpr int kMaxRowsPairs = 2;  // bf16 widened in registers
+inline constexpr int kMaxRowsInt8 = 1;
+inline constexpr int kMaxRowsInt4 = 1;  // nibbles taken apart in registers
+inline constexpr int ColsForInt8(int) { return 1; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

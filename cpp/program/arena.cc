@@ -47,7 +47,7 @@ Arena::Arena(const Program& program, int64_t max_tokens, int64_t max_logit_rows,
     const ValueDesc& desc = program.values[id];
     Place& place = values_[id];
     place.rows = desc.rows;
-    place.row_bytes = static_cast<size_t>(desc.cols) * DTypeBytes(desc.dtype);
+    place.row_bytes = RowBytes(desc.dtype, desc.cols);
     place.max_rows = static_cast<size_t>(desc.rows == RowSym::kT ? max_tokens : max_logit_rows);
     const size_t bytes = RoundUp(place.row_bytes * place.max_rows, kAlign);
     if (debug_) {

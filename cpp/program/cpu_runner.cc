@@ -148,7 +148,8 @@ struct CpuRunner::Impl {
   }
 
   void Gemm(const GemmArgs& args, int64_t m) {
-    const int64_t panels = CeilDiv(args.n, args.epilogue == Epilogue::kSiluMul ? kPanel / 2 : kPanel);
+    const bool gate_up = args.epilogue == Epilogue::kSiluMul || args.epilogue == Epilogue::kSiluMulQ8;
+    const int64_t panels = CeilDiv(args.n, gate_up ? kPanel / 2 : kPanel);
     // Few rows: all of them in every tile, so that each panel is read from memory once.
     const int64_t rows = m <= 2 * kGemmRows ? m : kGemmRows;
     const int64_t row_blocks = CeilDiv(m, rows);
@@ -162,12 +163,19 @@ struct CpuRunner::Impl {
     });
   }
 
+  // Elements of a row, or blocks of one in q8.
+  int64_t leading(int32_t value) const {
+    const ValueDesc& desc = program.values[value];
+    return desc.dtype == DType::kQ8 ? Q8Blocks(desc.cols) : desc.cols;
+  }
+
   GemmArgs LinearArgs(const NodeDesc& node, Epilogue epilogue) const {
     const WeightSlot& w = weights->slot(node.weights[0]);
     GemmArgs args{};
     args.a = arena.value(node.inputs[0]);
-    args.lda = program.values[node.inputs[0]].cols;
+    args.lda = leading(node.inputs[0]);
     args.w = w.data;
+    args.format = w.format;
     args.bias = node.weights.size() > 1 ? vector(node.weights[1]) : nullptr;
     args.n = w.rows;
     args.k = w.cols;
@@ -175,7 +183,7 @@ struct CpuRunner::Impl {
     args.epilogue = epilogue;
     if (!node.outputs.empty()) {
       args.out = arena.value(node.outputs[0]);
-      args.ldc = program.values[node.outputs[0]].cols;
+      args.ldc = leading(node.outputs[0]);
     }
     return args;
   }
@@ -279,9 +287,20 @@ struct CpuRunner::Impl {
         char* const y = static_cast<char*>(arena.value(node.outputs[0]));
         const size_t y_row = arena.row_bytes(node.outputs[0]);
         const float* const w = vector(node.weights[0]);
+        const DType dtype = program.values[node.outputs[0]].dtype;
         ForRows(m, 8, [&](int64_t t) {
-          kernels->rms_norm(program.act, x + t * h, w, y + t * y_row, h, static_cast<float>(node.floats[0]),
+          kernels->rms_norm(dtype, x + t * h, w, y + t * y_row, h, static_cast<float>(node.floats[0]),
                             node.ints[0] != 0);
+        });
+        break;
+      }
+      case OpKind::kQuantize: {
+        const int64_t cols = program.values[node.inputs[0]].cols;
+        const char* const x = static_cast<const char*>(arena.value(node.inputs[0]));
+        char* const y = static_cast<char*>(arena.value(node.outputs[0]));
+        const size_t x_row = arena.row_bytes(node.inputs[0]), y_row = arena.row_bytes(node.outputs[0]);
+        ForRows(m, 8, [&](int64_t t) {
+          kernels->quantize(program.act, x + t * x_row, reinterpret_cast<Q8Block*>(y + t * y_row), cols);
         });
         break;
       }
@@ -301,7 +320,8 @@ struct CpuRunner::Impl {
         break;
       }
       case OpKind::kGateUp: {
-        GemmArgs args = LinearArgs(node, Epilogue::kSiluMul);
+        const bool q8 = program.values[node.outputs[0]].dtype == DType::kQ8;
+        GemmArgs args = LinearArgs(node, q8 ? Epilogue::kSiluMulQ8 : Epilogue::kSiluMul);
         args.bias = nullptr;
         Gemm(args, m);
         break;

@@ -16,6 +16,7 @@ struct Named {
 constexpr Named kOps[] = {
     {OpKind::kEmbedding, "embedding"},
     {OpKind::kRmsNorm, "rms_norm"},
+    {OpKind::kQuantize, "quantize"},
     {OpKind::kQkv, "qkv"},
     {OpKind::kAttention, "attention"},
     {OpKind::kLinear, "linear"},

@@ -13,10 +13,12 @@ namespace sapwood {
 // Which nodes run when: forward over T, head over blocks of <= 64 logit rows, sample after each head block.
 enum class SegmentKind : uint8_t { kForward, kHead, kSample };
 
+// The matrix input of a node with a linear or gate_up weight is act, or q8 (Q8Blocks) when the weight is int8 or int4.
 enum class OpKind : uint8_t {
   // op               inputs              output          weights                          ints / floats
   kEmbedding,       //                     x [T,H] f32     table                            | scale
-  kRmsNorm,         // x [*,H] f32         y [*,H] act     w                                plus_one | eps
+  kRmsNorm,         // x [*,H] f32         y [*,H] act|q8  w                                plus_one | eps
+  kQuantize,        // x [*,K] act         y [*,K] q8      -
   kQkv,             // y [T,H] act         q [T,Hq*D] act  w, bias?, q_norm?, k_norm?, cos, sin
                     //                                     ints: Hq, Hkv, D, rotary_dim, kv_group, layer_in_group,
                     //                                     num_rope_modes | eps
@@ -26,7 +28,7 @@ enum class OpKind : uint8_t {
                     //                                     | scale, softcap
   kLinear,          // y act               z act           w, bias?
   kLinearResidual,  // o act, x f32        x' f32          w, bias?                         all_reduce (tp size)
-  kGateUp,          // y act               h [T,I] act     w (gate_up panels)               I
+  kGateUp,          // y act               h [T,I] act|q8  w (gate_up panels)               I
   kGatherLogitRows, // x [T,H] f32         x' [L,H] f32
   kLmHead,          // y [L,H] act         logits [L,V] f32, block_max [L,ceil(V/64)] f32   w  | scale, softcap
   kSample,          // logits, block_max   -

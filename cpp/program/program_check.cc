@@ -14,6 +14,7 @@ const char* DTypeWord(DType t) {
     case DType::kBF16: return "bf16";
     case DType::kF16: return "f16";
     case DType::kI32: return "i32";
+    case DType::kQ8: return "q8";
   }
   return "unknown";
 }
@@ -30,6 +31,7 @@ Arity ArityOf(OpKind op) {
   switch (op) {
     case OpKind::kEmbedding: return {0, 1, 1, 0, 1};
     case OpKind::kRmsNorm: return {1, 1, 1, 1, 1};
+    case OpKind::kQuantize: return {1, 1, 0, 0, 0};
     case OpKind::kQkv: return {1, 1, 6, 7, 1};
     case OpKind::kAttention: return {1, 1, 0, 6, 2};
     case OpKind::kLinear: return {1, 1, 2, 0, 0};
@@ -96,6 +98,10 @@ class NodeCheck {
                     cols, " columns, got ", Describe(value));
   }
   void ActValue(const char* what, const ValueDesc& value) const { Value(what, value, program_.act, value.cols); }
+  // Made for a linear layer, whose weight decides which of the two it takes (CheckWeights).
+  void ActOrQ8(const char* what, const ValueDesc& value, int64_t cols) const {
+    Value(what, value, value.dtype == DType::kQ8 ? DType::kQ8 : program_.act, cols);
+  }
   void Heads(int64_t hq, int64_t hkv, int64_t d, int64_t group, int64_t layer) const {
     SAPWOOD_REQUIRE(hkv == limits_.num_kv_heads && d == limits_.head_dim, where_, "has ", hkv, " KV heads of ", d,
                     ", but the KV pool is made for ", limits_.num_kv_heads, " of ", limits_.head_dim);
@@ -122,7 +128,12 @@ class NodeCheck {
         Rows();
         NeedWeight(0);
         Value("input", in(0), DType::kF32, in(0).cols);
-        Value("output", out(0), act, in(0).cols);
+        ActOrQ8("output", out(0), in(0).cols);
+        break;
+      case OpKind::kQuantize:
+        Rows();
+        ActValue("input", in(0));
+        Value("output", out(0), DType::kQ8, in(0).cols);
         break;
       case OpKind::kQkv: {
         Segment(SegmentKind::kForward);
@@ -133,7 +144,7 @@ class NodeCheck {
                         ", got ", p[3]);
         SAPWOOD_REQUIRE(p[6] > 0, where_, "num_rope_modes must be positive, got ", p[6]);
         for (int i : {0, 4, 5}) NeedWeight(i);
-        ActValue("input", in(0));
+        ActOrQ8("input", in(0), in(0).cols);
         Value("output", out(0), act, p[0] * p[2]);
         break;
       }
@@ -153,13 +164,13 @@ class NodeCheck {
       case OpKind::kLinear:
         Rows();
         NeedWeight(0);
-        ActValue("input", in(0));
+        ActOrQ8("input", in(0), in(0).cols);
         ActValue("output", out(0));
         break;
       case OpKind::kLinearResidual:
         Rows();
         NeedWeight(0);
-        ActValue("input", in(0));
+        ActOrQ8("input", in(0), in(0).cols);
         Value("residual", in(1), DType::kF32, out(0).cols);
         Value("output", out(0), DType::kF32, out(0).cols);
         SAPWOOD_REQUIRE(node_.ints[0] == 1, where_, "all_reduce over ", node_.ints[0], " ranks; one process has 1");
@@ -167,8 +178,8 @@ class NodeCheck {
       case OpKind::kGateUp:
         Rows();
         NeedWeight(0);
-        ActValue("input", in(0));
-        Value("output", out(0), act, node_.ints[0]);
+        ActOrQ8("input", in(0), in(0).cols);
+        ActOrQ8("output", out(0), node_.ints[0]);
         break;
       case OpKind::kGatherLogitRows:
         Segment(SegmentKind::kHead);
@@ -181,7 +192,7 @@ class NodeCheck {
         Segment(SegmentKind::kHead);
         Rows();
         NeedWeight(0);
-        ActValue("input", in(0));
+        ActOrQ8("input", in(0), in(0).cols);
         Value("logits", out(0), DType::kF32, program_.vocab_size);
         Value("block_max", out(1), DType::kF32, (program_.vocab_size + kPanel - 1) / kPanel);
         break;
@@ -204,6 +215,15 @@ class NodeCheck {
 class SlotCheck {
  public:
   SlotCheck(const WeightStore& weights, const NodeDesc& node) : weights_(weights), node_(node) {}
+
+  // A matrix and the input it multiplies.
+  void Matrix(SlotKind kind, int64_t rows, const ValueDesc& input) const {
+    Weight(0, "w", kind, rows, input.cols);
+    const WeightFormat format = weights_.slot(node_.weights[0]).format;
+    SAPWOOD_REQUIRE((format == WeightFormat::kAct) == (input.dtype != DType::kQ8), "node \"", node_.name, "\" (",
+                    OpName(node_.op), "): weight slot ", node_.weights[0], " has format ", WeightFormatName(format),
+                    ", but the node's input is ", Describe(input), "; int8 and int4 weights take q8");
+  }
 
   void Weight(int i, const char* what, SlotKind kind, int64_t rows, int64_t cols) const {
     const int32_t id = node_.weights[i];
@@ -233,8 +253,8 @@ void CheckProgram(const Program& program, const ProgramLimits& limits) {
   SAPWOOD_REQUIRE(program.vocab_size > 0, "program.vocab_size must be positive, got ", program.vocab_size);
   for (size_t i = 0; i < program.values.size(); ++i) {
     const ValueDesc& v = program.values[i];
-    SAPWOOD_REQUIRE(v.cols > 0 && (v.dtype == DType::kF32 || v.dtype == DType::kBF16), "value ", i,
-                    " must be f32 or bf16 with at least one column, got ", Describe(v));
+    SAPWOOD_REQUIRE(v.cols > 0 && (v.dtype == DType::kF32 || v.dtype == DType::kBF16 || v.dtype == DType::kQ8), "value ",
+                    i, " must be f32, bf16 or q8 with at least one column, got ", Describe(v));
   }
   std::vector<const NodeDesc*> writer(program.values.size());
   SegmentKind segment = SegmentKind::kForward;
@@ -271,7 +291,7 @@ void CheckWeights(const Program& program, const WeightStore& weights) {
       case OpKind::kQkv: {
         const auto& p = node.ints;
         const int64_t n = (p[0] + 2 * p[1]) * p[2];
-        check.Weight(0, "w", SlotKind::kLinear, n, cols(node.inputs[0]));
+        check.Matrix(SlotKind::kLinear, n, program.values[node.inputs[0]]);
         check.Weight(1, "bias", SlotKind::kVector, n, 1);
         check.Weight(2, "q_norm", SlotKind::kVector, p[2], 1);
         check.Weight(3, "k_norm", SlotKind::kVector, p[2], 1);
@@ -284,15 +304,16 @@ void CheckWeights(const Program& program, const WeightStore& weights) {
       }
       case OpKind::kLinear:
       case OpKind::kLinearResidual:
-        check.Weight(0, "w", SlotKind::kLinear, cols(node.outputs[0]), cols(node.inputs[0]));
+        check.Matrix(SlotKind::kLinear, cols(node.outputs[0]), program.values[node.inputs[0]]);
         check.Weight(1, "bias", SlotKind::kVector, cols(node.outputs[0]), 1);
         break;
       case OpKind::kGateUp:
-        check.Weight(0, "w", SlotKind::kGateUp, node.ints[0], cols(node.inputs[0]));
+        check.Matrix(SlotKind::kGateUp, node.ints[0], program.values[node.inputs[0]]);
         break;
       case OpKind::kLmHead:
-        check.Weight(0, "w", SlotKind::kLinear, program.vocab_size, cols(node.inputs[0]));
+        check.Matrix(SlotKind::kLinear, program.vocab_size, program.values[node.inputs[0]]);
         break;
+      case OpKind::kQuantize:
       case OpKind::kAttention:
       case OpKind::kGatherLogitRows:
       case OpKind::kSample:

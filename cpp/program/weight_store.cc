@@ -170,6 +170,25 @@ void Pack(DType act, const Rows& rows, int64_t num_panels, int64_t k, void* out,
   });
 }
 
+// As Pack, in int8 or int4: every panel from the f32 rows of its outputs.
+template <typename SourceRow>
+void QuantizePanels(const KernelTable& kernels, WeightFormat format, const Rows& rows, int64_t num_panels, int64_t k,
+                    void* out, ThreadPool* pool, SourceRow source_row) {
+  const size_t panel_bytes = PackedBytes(format, DType::kF32, kPanel, k);
+  std::vector<std::vector<float>> scratch(pool != nullptr ? pool->num_threads() : 1);
+  for (auto& buffer : scratch) buffer.resize(static_cast<size_t>(kPanel * k));
+  ForTiles(pool, num_panels, [&](int64_t panel, int32_t thread) {
+    const float* pointers[kPanel];
+    for (int i = 0; i < kPanel; ++i) {
+      const int64_t row = source_row(panel, i);
+      float* buffer = scratch[thread].data() + i * k;
+      if (row >= 0) rows.ReadF32(row, buffer);
+      pointers[i] = row >= 0 ? buffer : nullptr;
+    }
+    kernels.quantize_panel(format, pointers, k, static_cast<uint8_t*>(out) + static_cast<size_t>(panel) * panel_bytes);
+  });
+}
+
 // Row-major copy in dst; rows of `cols` elements each.
 void Convert(DType dst, const Rows& rows, int64_t cols, void* out, ThreadPool* pool) {
   const int64_t block = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, cols));
@@ -186,7 +205,7 @@ void Convert(DType dst, const Rows& rows, int64_t cols, void* out, ThreadPool* p
 
 }  // namespace
 
-WeightStore::WeightStore(DType act, int32_t num_slots) : act_(act) {
+WeightStore::WeightStore(DType act, int32_t num_slots, Isa isa) : act_(act), kernels_(&Kernels(isa)) {
   SAPWOOD_REQUIRE(act == DType::kF32 || act == DType::kBF16, "act must be f32 or bf16");
   SAPWOOD_REQUIRE(num_slots >= 0, "num_slots must be >= 0, got ", num_slots);
   slots_.resize(num_slots);
@@ -197,10 +216,12 @@ WeightStore::WeightStore(DType act, int32_t num_slots) : act_(act) {
 WeightStore::~WeightStore() = default;
 
 void WeightStore::Fill(int32_t slot, SlotKind kind, const std::vector<SlotPart>& parts, ThreadPool* pool,
-                       float dummy_scale) {
+                       float dummy_scale, WeightFormat format) {
   const std::string what = StrCat("weight slot ", slot, " (", KindName(kind), ")");
   SAPWOOD_REQUIRE(slot >= 0 && slot < size(), what, ": the store has slots 0..", size() - 1);
   SAPWOOD_REQUIRE(!parts.empty(), what, ": needs at least one part");
+  SAPWOOD_REQUIRE(format == WeightFormat::kAct || kind == SlotKind::kLinear || kind == SlotKind::kGateUp, what,
+                  ": only linear and gate_up slots are quantised, got format ", WeightFormatName(format));
   int64_t num_rows = 0, num_elements = 0;
   const int64_t cols = parts[0].cols;
   for (const SlotPart& part : parts) {
@@ -213,15 +234,15 @@ void WeightStore::Fill(int32_t slot, SlotKind kind, const std::vector<SlotPart>&
     num_rows += part.rows;
     num_elements += part.rows * part.cols;
   }
-  WeightSlot filled{.kind = kind, .rows = num_rows, .cols = cols};
+  WeightSlot filled{.kind = kind, .format = format, .rows = num_rows, .cols = cols};
   switch (kind) {
     case SlotKind::kLinear:
-      filled.bytes = PackedBytes(act_, num_rows, cols);
+      filled.bytes = PackedBytes(format, act_, num_rows, cols);
       break;
     case SlotKind::kGateUp:
       SAPWOOD_REQUIRE(num_rows % 2 == 0, what, ": gate and up must have equally many rows, got ", Shapes(parts));
       filled.rows = num_rows / 2;
-      filled.bytes = PackedBytes(act_, (filled.rows + 31) / 32 * kPanel, cols);
+      filled.bytes = PackedBytes(format, act_, (filled.rows + 31) / 32 * kPanel, cols);
       break;
     case SlotKind::kTable:
       filled.bytes = static_cast<size_t>(num_elements) * DTypeBytes(act_);
@@ -237,15 +258,22 @@ void WeightStore::Fill(int32_t slot, SlotKind kind, const std::vector<SlotPart>&
 
   WeightSlot& old = slots_[slot];
   const bool in_place = old.filled && !is_alias_[slot] && old.kind == kind && old.rows == filled.rows &&
-                        old.cols == filled.cols && old.bytes == filled.bytes;
+                        old.cols == filled.cols && old.bytes == filled.bytes && old.format == format;
   const std::shared_ptr<HugeBuffer> memory = in_place ? memory_[slot] : std::make_shared<HugeBuffer>(filled.bytes);
   filled.data = memory->data();
 
   const ScopedFpMode fp_mode;  // f16 subnormals
+  const auto pack = [&](const Rows& rows, int64_t num_panels, auto source_row) {
+    if (format == WeightFormat::kAct) {
+      Pack(act_, rows, num_panels, cols, filled.data, pool, source_row);
+    } else {
+      QuantizePanels(*kernels_, format, rows, num_panels, cols, filled.data, pool, source_row);
+    }
+  };
   switch (kind) {
     case SlotKind::kLinear: {
       const Rows rows(slot, parts, dummy_scale);
-      Pack(act_, rows, (num_rows + kPanel - 1) / kPanel, cols, filled.data, pool, [&](int64_t panel, int i) {
+      pack(rows, (num_rows + kPanel - 1) / kPanel, [&](int64_t panel, int i) {
         const int64_t row = panel * kPanel + i;
         return row < num_rows ? row : -1;
       });
@@ -254,7 +282,7 @@ void WeightStore::Fill(int32_t slot, SlotKind kind, const std::vector<SlotPart>&
     case SlotKind::kGateUp: {
       const Rows rows(slot, parts, dummy_scale);
       const int64_t half = filled.rows;
-      Pack(act_, rows, (half + 31) / 32, cols, filled.data, pool, [&](int64_t panel, int i) {
+      pack(rows, (half + 31) / 32, [&](int64_t panel, int i) {
         const int64_t row = panel * 32 + i % 32;
         return row < half ? row + (i < 32 ? 0 : half) : -1;
       });
