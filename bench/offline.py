@@ -12,8 +12,9 @@ For every concurrency C, medians over --repeats of
 
 The ceilings are measured in the same run (bench/machine.py). A decode step must at least read every matrix and the KV
 of its rows once (bytes / read bandwidth) and multiply (operations / peak), a prefill must multiply; the share is that
-least time over the measured one. The peak is bf16's where the engine runs on bf16 dot products (level avx512_bf16),
-else fp32's. A model that fits into the caches can beat "its" bandwidth.
+least time over the measured one. The peak of quantised matrices (--quantization) is int8's; of the others, and of
+attention, it is bf16's where the engine runs on bf16 dot products (level avx512_bf16), else fp32's.
+A model that fits into the caches can beat "its" bandwidth.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Cost:
     head_params      weights that every token with logits is multiplied with
     kv_token_bytes   KV bytes of one token, over all layers
     attn_flops       operations of one token's attention to one earlier token, over all layers
+    body_int8, head_int8   which of them are multiplied as int8
     """
 
     matrix_bytes: int
@@ -52,11 +54,15 @@ class Cost:
     head_params: int
     kv_token_bytes: float
     attn_flops: int
+    body_int8: bool = False
+    head_int8: bool = False
 
     @classmethod
     def of(cls, model: LoadedModel) -> Cost:
-        item_bytes = 4 if model.program.act == "float32" else 2
+        item_bytes = {"act": 4 if model.program.act == "float32" else 2, "int8": 34 / 32, "int4": 18 / 32}
         params = {"forward": 0, "head": 0}
+        int8 = {"forward": False, "head": False}
+        matrix_bytes = 0.0
         seen: set[int] = set()
         attn_flops = 0
         for node in model.program.nodes:
@@ -68,28 +74,48 @@ class Cost:
                     continue
                 if slot.id not in seen:
                     seen.add(slot.id)
-                    params["forward" if node.segment == "forward" else "head"] += slot.shape[0] * slot.shape[1]
+                    where = "forward" if node.segment == "forward" else "head"
+                    params[where] += slot.shape[0] * slot.shape[1]
+                    matrix_bytes += item_bytes[slot.format] * slot.shape[0] * slot.shape[1]
+                    int8[where] = slot.format != "act"
         return cls(
-            matrix_bytes=item_bytes * sum(params.values()),
+            matrix_bytes=round(matrix_bytes),
             body_params=params["forward"],
             head_params=params["head"],
             kv_token_bytes=sum(g.page_bytes / g.page_size for g in model.groups),
             attn_flops=attn_flops,
+            body_int8=int8["forward"],
+            head_int8=int8["head"],
         )
 
-    def prefill_flops(self, num_prompts: int, input_len: int) -> float:
-        """Operations of that many whole prompts with logits for the last token of each."""
+    def prefill_s(self, num_prompts: int, input_len: int, peaks: Peaks) -> float | None:
+        """Least seconds of that many whole prompts with logits for the last token of each; None where a peak is
+        unknown.
+        """
         attended = input_len * (input_len + 1) / 2
-        a_prompt = 2 * self.body_params * input_len + 2 * self.head_params + self.attn_flops * attended
-        return num_prompts * a_prompt
+        return self._multiply_s(num_prompts * input_len, num_prompts, num_prompts * attended, peaks)
 
-    def decode_s(self, num_rows: int, context_len: float, bytes_per_s: float, flops_per_s: float | None) -> float:
+    def decode_s(self, num_rows: int, context_len: float, peaks: Peaks) -> float:
         """Least seconds of a step of num_rows rows with context_len tokens each."""
-        read_s = (self.matrix_bytes + num_rows * context_len * self.kv_token_bytes) / bytes_per_s
-        if flops_per_s is None:
-            return read_s
-        flops = num_rows * (2 * (self.body_params + self.head_params) + self.attn_flops * context_len)
-        return max(read_s, flops / flops_per_s)
+        read_s = (self.matrix_bytes + num_rows * context_len * self.kv_token_bytes) / peaks.bytes_per_s
+        return max(read_s, self._multiply_s(num_rows, num_rows, num_rows * context_len, peaks) or 0.0)
+
+    def _multiply_s(self, num_tokens: int, num_logit_rows: int, num_pairs: float, peaks: Peaks) -> float | None:
+        body = peaks.int8_per_s if self.body_int8 else peaks.flops_per_s
+        head = peaks.int8_per_s if self.head_int8 else peaks.flops_per_s
+        if body is None or head is None or peaks.flops_per_s is None:
+            return None
+        matrices = 2 * self.body_params * num_tokens / body + 2 * self.head_params * num_logit_rows / head
+        return matrices + self.attn_flops * num_pairs / peaks.flops_per_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """What the machine can do in a second; None = unknown. flops_per_s is for what is not int8."""
+
+    bytes_per_s: float
+    flops_per_s: float | None
+    int8_per_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,15 +186,14 @@ async def measure(
     return {"concurrency": concurrency, **medians, **spread}
 
 
-def add_shares(row: dict[str, float], cost: Cost, input_len: int, output_len: int, peaks: Mapping[str, Any]) -> None:
+def add_shares(row: dict[str, float], cost: Cost, input_len: int, output_len: int, peaks: Peaks) -> None:
     """Put the shares of the machine's ceilings into a row of measure(); a share that cannot be known is left out."""
     num_rows = int(row["concurrency"])
-    if peaks["flops_per_s"] is not None:
-        least_s = cost.prefill_flops(num_rows, input_len) / peaks["flops_per_s"]
+    if (least_s := cost.prefill_s(num_rows, input_len, peaks)) is not None:
         row["prefill_share"] = least_s / (num_rows * input_len / row["prefill_tok_s"])
     if "decode_tok_s" in row:
         context_len = input_len + output_len / 2
-        least_s = cost.decode_s(num_rows, context_len, peaks["bytes_per_s"], peaks["flops_per_s"])
+        least_s = cost.decode_s(num_rows, context_len, peaks)
         row["decode_share"] = least_s / (num_rows / row["decode_tok_s"])
 
 
@@ -177,7 +202,12 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     from sapwood.program.native import resolve_isa
 
     total = max(args.concurrency) * (args.input_len + args.output_len + 64)
-    settings = {"dtype": args.dtype, "max_total_tokens": total, "max_running_requests": max(args.concurrency)}
+    settings = {
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "max_total_tokens": total,
+        "max_running_requests": max(args.concurrency),
+    }
     threads = args.num_threads or machine.num_usable_cpus()
     found = machine.ceilings(tuple(sorted({1, threads})))
     async with AsyncEngine(args.model, skip_tokenizer_init=True, num_threads=threads, **settings) as engine:
@@ -187,7 +217,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         kind = "bf16" if isa == "avx512_bf16" and model.program.act == "bfloat16" else "fp32"
         peak, bandwidth = found.median(kind, threads), found.median("read", threads)
         assert bandwidth is not None
-        peaks = {"bytes_per_s": 1e9 * bandwidth, "flops_per_s": None if peak is None else 1e9 * peak}
+        int8 = found.median("int8", threads)
+        peaks = Peaks(1e9 * bandwidth, peak and 1e9 * peak, int8 and 1e9 * int8)
         rows = []
         rng = np.random.default_rng(args.seed)
         for concurrency in args.concurrency:
@@ -199,6 +230,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         return {
             "model": model.name,
             "dtype": model.program.act,
+            "quantization": args.quantization,
             "isa": isa,
             "threads": threads,
             "input_len": args.input_len,
@@ -206,7 +238,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             "repeats": args.repeats,
             "matrix_bytes": cost.matrix_bytes,
             "kv_token_bytes": cost.kv_token_bytes,
-            "peak": kind,
+            "peak": "int8" if cost.body_int8 else kind,
             "machine": found.as_json(),
             "rows": rows,
         }
@@ -237,7 +269,8 @@ def print_machine(report: Mapping[str, Any]) -> None:
         speed += f", {report['peak']} {ceilings[report['peak']][threads]['median']:.0f} GFLOP/s"
     matrices_gb, kv_kib = report["matrix_bytes"] / 1e9, report["kv_token_bytes"] / 1024
     sizes = f"{matrices_gb:.3f} GB of matrices, {kv_kib:.1f} KiB of KV a token"
-    print(f"\n{report['model']}, {report['dtype']}, {report['isa']}, {report['threads']} threads; {sizes}")
+    dtype = report["quantization"] or report["dtype"]
+    print(f"\n{report['model']}, {dtype}, {report['isa']}, {report['threads']} threads; {sizes}")
     print(f"{ceilings['cpu']}: {speed}")
 
 
@@ -250,6 +283,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--quantization", choices=["int8", "int4"], help="quantise the weights while loading")
     parser.add_argument("--num-threads", type=int, help="compute threads (default: all usable CPUs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()

@@ -212,6 +212,11 @@ class RowTable:
 # --- program
 def isa_levels() -> list[str]: ...  # supported here, lowest first
 def best_isa() -> str: ...
+
+# What a weight [n, k] becomes when it is quantised to "int8" or "int4" and read back.
+def quantized_weight(
+    weight: np.ndarray[Any, np.dtype[np.float32]], format: str, isa: str = "auto"
+) -> np.ndarray[Any, np.dtype[np.float32]]: ...
 def usable_cpus() -> int: ...
 
 class ProgramBuilder:
@@ -231,7 +236,7 @@ class ProgramBuilder:
     ) -> None: ...  # segment "forward" | "head" | "sample"
 
 class WeightStore:
-    def __init__(self, act: str, num_slots: int) -> None: ...
+    def __init__(self, act: str, num_slots: int, isa: str = "auto") -> None: ...
     total_bytes: int
     # parts: (address, dtype "float32"|"bfloat16"|"float16", rows, cols, stride) stacked along rows; address 0 = dummy
     # rows. kind: "linear" | "gate_up" | "table" | "vector" | "f32". The memory must stay mapped during the call, which
@@ -244,6 +249,7 @@ class WeightStore:
         *,
         dummy_scale: float = 0.0,
         num_threads: int = 0,
+        format: str = "act",  # "int8" | "int4": linear and gate_up only
     ) -> None: ...
     def alias(self, slot: int, of: int) -> None: ...
 

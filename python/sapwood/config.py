@@ -65,6 +65,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
       skip_tokenizer_init    work on token ids alone; no tokenizer is loaded, outputs have no text
       load_format            "auto" or "dummy" (random weights from config.json alone)
       dtype                  "auto" (the checkpoint's; fp16 becomes bfloat16), "float32" or "bfloat16"
+      quantization           "int8" or "int4": quantise the weights while loading, to 8.5 or 4.5 bits each
+      quantize_lm_head       quantise the LM head too (to int8 in both cases)
       context_length         tokens a request may have in all; None = the model's
       device                 "cpu" (native), "reference" (torch, node by node: the oracle), "cuda"
     Memory
@@ -95,6 +97,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     skip_tokenizer_init: bool = False
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["int8", "int4"] | None = None
+    quantize_lm_head: bool = True
     context_length: int | None = None
     device: Literal["cpu", "reference", "cuda"] = "cpu"
 

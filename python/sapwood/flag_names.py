@@ -72,8 +72,8 @@ NOT_HERE: Final = (
     ),
     ("--device says where the whole model runs", "ngl n_gpu_layers gpu_layers num_gpus"),
     (
-        "weights and KV cache have --dtype (float32 or bfloat16); quantisation is planned",
-        "quantization q quantization_param_path kv_cache_dtype cache_type_? ctk ctv torchao_config",
+        "weights and KV cache have --dtype (float32 or bfloat16), and weights --quantization int8 or int4",
+        "q quantization_param_path kv_cache_dtype cache_type_? ctk ctv torchao_config",
     ),
     (
         "the KV pool is --max-total-tokens, or --mem-fraction-static of the memory that is free beside the weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_ceilings(measured: machine.Ceilings) -> None:
     flags = machine.cpu_flags()
     assert ("bf16" in measured.rates) == ("avx512_bf16" in flags)
     assert ("int8" in measured.rates) == bool({"avx512_vnni", "avx_vnni"} & flags)
+    assert all((kind in measured.rates) == ({"avx2", "fma"} <= flags) for kind in ("fp32_avx2", "int8_avx2"))
     assert machine.ceilings((1, 2), repeats=1, buffer_bytes=64 << 20) is measured
 
 
@@ -55,7 +57,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(sys, "argv", ["machine.py", "--threads", "1", "2", "--repeats", "2", "--buffer-mb", "8"])
     assert machine.main() == 0
     out = capsys.readouterr().out
-    assert "no C++ compiler found" in out and "int8  not measured" in out and "read  GB/s" in out
+    assert "no C++ compiler found" in out and "int8      not measured" in out and "read      GB/s" in out
 
 
 def test_a_compiler_that_fails(tmp_path: Path) -> None:
@@ -78,12 +80,16 @@ COST = offline.Cost(matrix_bytes=2000, body_params=900, head_params=100, kv_toke
 
 def test_least_times() -> None:
     # 3 prompts of 10: 2 * 900 a token, 2 * 100 for the last, 16 for each of 55 pairs.
-    assert COST.prefill_flops(3, 10) == 3 * (18_000 + 200 + 16 * 55)
+    assert COST.prefill_s(3, 10, offline.Peaks(1.0, 10.0)) == pytest.approx(3 * (18_000 + 200 + 16 * 55) / 10)
     # One row is bound by reading: 2000 + 8 * 50 bytes at 100 a second.
-    assert COST.decode_s(1, 50, 100.0, 1000.0) == pytest.approx(24.0)
+    assert COST.decode_s(1, 50, offline.Peaks(100.0, 1000.0)) == pytest.approx(24.0)
     # Forty rows by multiplying: 2000 + 16 * 50 each.
-    assert COST.decode_s(40, 50, 1e6, 1000.0) == pytest.approx(40 * 2.8)
-    assert COST.decode_s(40, 50, 1e6, None) == pytest.approx((2000 + 40 * 400) / 1e6)
+    assert COST.decode_s(40, 50, offline.Peaks(1e6, 1000.0)) == pytest.approx(40 * 2.8)
+    assert COST.decode_s(40, 50, offline.Peaks(1e6, None)) == pytest.approx((2000 + 40 * 400) / 1e6)
+    # Quantised layers multiply at the int8 peak, head and attention at the other.
+    quantised = dataclasses.replace(COST, body_int8=True)
+    assert quantised.decode_s(40, 50, offline.Peaks(1e6, 1000.0, 9000.0)) == pytest.approx(40 * (0.2 + 0.2 + 0.8))
+    assert quantised.prefill_s(1, 10, offline.Peaks(1.0, 10.0, None)) is None
 
 
 def test_decode_rate() -> None:
@@ -95,11 +101,11 @@ def test_decode_rate() -> None:
 
 def test_shares() -> None:
     row = {"concurrency": 2, "prefill_tok_s": 10.0, "decode_tok_s": 0.5}
-    offline.add_shares(row, COST, 10, 4, {"bytes_per_s": 1000.0, "flops_per_s": 1e5})
-    assert row["prefill_share"] == pytest.approx(COST.prefill_flops(2, 10) / 1e5 / 2.0)
-    assert row["decode_share"] == pytest.approx(COST.decode_s(2, 12, 1000.0, 1e5) / 4.0)
+    offline.add_shares(row, COST, 10, 4, offline.Peaks(1000.0, 1e5))
+    assert row["prefill_share"] == pytest.approx(COST.prefill_s(2, 10, offline.Peaks(1000.0, 1e5)) / 2.0)
+    assert row["decode_share"] == pytest.approx(COST.decode_s(2, 12, offline.Peaks(1000.0, 1e5)) / 4.0)
     row = {"concurrency": 2, "prefill_tok_s": 10.0}
-    offline.add_shares(row, COST, 10, 1, {"bytes_per_s": 1000.0, "flops_per_s": None})
+    offline.add_shares(row, COST, 10, 1, offline.Peaks(1000.0, None))
     assert set(row) == {"concurrency", "prefill_tok_s"}
 
 

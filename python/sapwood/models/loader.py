@@ -27,7 +27,8 @@ from sapwood.models.weights import (
     slot_array,
 )
 from sapwood.program import native
-from sapwood.program.ir import ActDType, Program
+from sapwood.program.ir import ActDType, Program, WeightFormat
+from sapwood.program.quantize import HEAD_FORMAT, quantize
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ def load(config: EngineConfig, progress: Progress | None = None, *, debug: bool 
     program = family.record(model_config, act, context_len)
     if checkpoint is not None:
         checkpoint.check(program)
+    if config.quantization is not None:
+        program = quantize(program, config.quantization, _head_format(config))
     max_step_tokens = config.chunked_prefill_size + config.max_running_requests
     executor, runner, groups, num_pages = _start(
         config, program, checkpoint, context_len, max_step_tokens, progress, debug
@@ -104,7 +107,7 @@ def load(config: EngineConfig, progress: Progress | None = None, *, debug: bool 
         eos_token_ids=eos_token_ids(raw, generation),
         context_len=context_len,
         rope_mode=model_config.rope_mode,
-        cache_salt=_cache_salt(model_dir, checkpoint, act),
+        cache_salt=_cache_salt(model_dir, checkpoint, act, config),
         name=model_dir.name if Path(config.model).expanduser().is_dir() else config.model,
         model_dir=model_dir,
         generation_defaults=generation_defaults(generation),
@@ -128,8 +131,8 @@ def _start(
     match config.device:
         case "cpu":
             groups = native.kv_groups(program, config.page_size)
-            native.resolve_isa(config)  # a wrong level is cheaper to hear of before gigabytes are read
-            store = _core.WeightStore(program.act, len(program.slots))
+            isa = native.resolve_isa(config)  # a wrong level is cheaper to hear of before gigabytes are read
+            store = _core.WeightStore(program.act, len(program.slots), isa)
             num_threads = config.num_threads or 0
             _require_room(native.weight_bytes(program), program)
             fill_store(program, store, checkpoint, num_threads=num_threads, progress=progress)
@@ -181,7 +184,7 @@ def _require_room(num_bytes: int, program: Program) -> None:
     require_free(
         num_bytes,
         f"the weights in {program.act}",
-        "load a smaller model, dtype bfloat16 instead of float32, or free memory",
+        "load a smaller model, dtype bfloat16 instead of float32, set --quantization int8 or int4, or free memory",
         "model",
     )
 
@@ -215,9 +218,13 @@ def _context_len(config: EngineConfig, of_model: int) -> int:
     return config.context_length
 
 
-def _cache_salt(model_dir: Path, checkpoint: Checkpoint | None, act: ActDType) -> int:
+def _head_format(config: EngineConfig) -> WeightFormat:
+    return HEAD_FORMAT[config.quantization] if config.quantization and config.quantize_lm_head else "act"
+
+
+def _cache_salt(model_dir: Path, checkpoint: Checkpoint | None, act: ActDType, config: EngineConfig) -> int:
     digest = hashlib.blake2b(digest_size=8)
     digest.update((model_dir / "config.json").read_bytes())
     digest.update(checkpoint.identity() if checkpoint is not None else b"dummy")
-    digest.update(act.encode())
+    digest.update(f"{act} {config.quantization} {_head_format(config)}".encode())
     return int.from_bytes(digest.digest(), "little")

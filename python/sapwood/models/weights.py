@@ -332,11 +332,10 @@ def fill_store(
             # Unit variance into unit variance: logits of a dummy model stay finite at any depth.
             scale = math.sqrt(3.0) if slot.kind == "table" else math.sqrt(3.0 / cols)
             parts = [(0, "float32", p.num_rows, cols, cols) for p in slot.parts]
-            store.fill(slot.id, slot.kind, parts, dummy_scale=scale, num_threads=num_threads)
+            store.fill(slot.id, slot.kind, parts, dummy_scale=scale, num_threads=num_threads, format=slot.format)
         else:
-            store.fill(
-                slot.id, slot.kind, [_address(slot, p, checkpoint, keep) for p in slot.parts], num_threads=num_threads
-            )
+            parts = [_address(slot, p, checkpoint, keep) for p in slot.parts]
+            store.fill(slot.id, slot.kind, parts, num_threads=num_threads, format=slot.format)
         done += size
         if progress is not None:
             progress(done, sum(sizes))
@@ -397,8 +396,8 @@ def _address(
 
 
 def slot_array(slot: WeightSlot, checkpoint: Checkpoint | None, act: ActDType) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """A slot's values as float32 [shape], rounded to the compute dtype where the core holds them in it (the
-    reference's weights).
+    """A slot's values as float32 [shape], rounded as the core holds them: to the compute dtype or to the slot's format
+    (the reference's weights).
 
     Without a checkpoint: reproducible random values, not the ones the core draws.
     """
@@ -419,6 +418,8 @@ def slot_array(slot: WeightSlot, checkpoint: Checkpoint | None, act: ActDType) -
         else:
             arrays.append(np.full(shape, 1.0 if slot.init == "ones" else 0.0, np.float32))
     array = np.concatenate(arrays)
+    if slot.format != "act":
+        return _core.quantized_weight(array, slot.format)
     in_act = slot.kind in ("linear", "gate_up", "table")
     return round_to_bfloat16(array) if act == "bfloat16" and in_act else array
 

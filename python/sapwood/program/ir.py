@@ -25,6 +25,8 @@ from sapwood.program.ops import OPS
 
 ActDType = Literal["float32", "bfloat16"]
 SlotKind = Literal["linear", "gate_up", "table", "vector", "f32"]
+ValueDType = Literal["act", "float32", "q8"]
+WeightFormat = Literal["act", "int8", "int4"]
 SEGMENTS = ("forward", "head", "sample")
 
 
@@ -55,11 +57,15 @@ L = Sym("L")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """A matrix [rows, cols] that one node writes and later ones read. dtype "act" is the program's compute dtype."""
+    """A matrix [rows, cols] that one node writes and later ones read.
+
+    dtype   "act" is the program's compute dtype; "q8" int8 in blocks of 32 with a scale each, the input of quantised
+            matrices (program/quantize.py)
+    """
 
     id: int
     name: str
-    dtype: Literal["act", "float32"]
+    dtype: ValueDType
     rows: Sym
     cols: int
 
@@ -97,6 +103,7 @@ class WeightSlot:
            [rows, K]
            is one read by row; vector [n] and f32 [rows, cols] stay float32
     init   what load_format "dummy" puts there
+    format "act", or how the core quantises the matrix
     """
 
     id: int
@@ -105,6 +112,7 @@ class WeightSlot:
     shape: tuple[int, ...]
     parts: tuple[TensorPart | ArrayPart, ...]
     init: Literal["random", "ones", "zeros"] = "random"
+    format: WeightFormat = "act"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -226,7 +234,7 @@ class Recorder:
         op: str,
         name: str,
         inputs: Sequence[Value],
-        outputs: Sequence[tuple[Literal["act", "float32"], Sym, int]],
+        outputs: Sequence[tuple[ValueDType, Sym, int]],
         weights: Sequence[WeightSlot | None] = (),
         **params: float | int,
     ) -> tuple[Value, ...]:

@@ -14,7 +14,7 @@ from sapwood import _core
 from sapwood.config import EngineConfig
 from sapwood.errors import InvalidRequest
 from sapwood.program.ir import ArrayPart, Program, Value
-from sapwood.program.ops import OPS
+from sapwood.program.ops import OPS, QUANT_BLOCK
 
 PAGE_SIZES = (16, 32, 64)  # what the CPU attention kernels take
 DIM_MULTIPLE = 16  # head_dim is padded to it inside a page (KvLayout in kernels.h)
@@ -42,7 +42,7 @@ def lower(program: Program) -> _core.ProgramBuilder:
 
 
 def value_dtype(program: Program, value: Value) -> str:
-    """float32 or bfloat16: what "act" means in this program."""
+    """float32, bfloat16 (what "act" means in this program) or q8."""
     return program.act if value.dtype == "act" else value.dtype
 
 
@@ -84,7 +84,7 @@ def weight_bytes(program: Program) -> int:
     """Bytes the weight store takes for the program's slots but those computed at record time (rope tables).
 
     The packing is cpp/kernels/pack.cc's: matrices in panels of PANEL rows, gate_up in panels of half gate, half up;
-    bfloat16 has an even number of columns.
+    bfloat16 has an even number of columns; int8 and int4 come in blocks of QUANT_BLOCK columns with a float16 scale.
     """
     item_bytes = 4 if program.act == "float32" else 2
     total = 0
@@ -95,7 +95,12 @@ def weight_bytes(program: Program) -> int:
         match slot.kind:
             case "linear" | "gate_up":
                 panels = -(-rows // PANEL) if slot.kind == "linear" else -(-(rows // 2) // (PANEL // 2))
-                total += panels * PANEL * (cols if item_bytes == 4 else cols + cols % 2) * item_bytes
+                if slot.format == "act":
+                    row_bytes = (cols if item_bytes == 4 else cols + cols % 2) * item_bytes
+                else:
+                    block_bytes = (QUANT_BLOCK if slot.format == "int8" else QUANT_BLOCK // 2) + 2
+                    row_bytes = -(-cols // QUANT_BLOCK) * block_bytes
+                total += panels * PANEL * row_bytes
             case "table":
                 total += rows * cols * item_bytes
             case _:

@@ -1,7 +1,8 @@
 """The operations a Program may hold: their inputs, weights and parameters, in the core's order, and their checks.
 
-This table is the contract with cpp/program/program.h (enum OpKind): program/native.py flattens named parameters by it,
-program/reference.py implements each op anew. A check runs once, when the node is recorded.
+The signatures are those of a model as recorded; program/quantize.py turns the "act" values that quantised matrices read
+into "q8". This table is the contract with cpp/program/program.h (enum OpKind): program/native.py flattens named
+parameters by it, program/reference.py implements each op anew. A check runs once, when the node is recorded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sapwood.errors import InternalError
 if TYPE_CHECKING:
     from sapwood.program.ir import Node, Recorder
 
+QUANT_BLOCK = 32  # columns of a quantised matrix, or of a row it reads, with one scale (kQ8Block in kernels.h)
 LOGIT_BLOCK = 64  # vocabulary columns that share one entry of block_max
 
 
@@ -77,6 +79,8 @@ def _shape_problem(node: Node, vocab_size: int) -> str | None:
     match node.op:
         case "embedding":
             pairs += [("table", w.shape, (vocab_size, y.cols))]
+        case "quantize":
+            pairs += [("output", y.cols, x.cols)]
         case "rms_norm":
             pairs += [("weight", w.shape, (x.cols,)), ("output", y.cols, x.cols)]
         case "qkv":
@@ -114,6 +118,8 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
         "embedding": OpSpec((), ("float32",), (("table", "table"),), floats=("scale",)),
         # y = x * rsqrt(mean(x^2) + eps) * w, or * (1 + w) when plus_one
         "rms_norm": OpSpec(("float32",), ("act",), (("w", "vector"),), ("plus_one",), ("eps",), _ROWWISE),
+        # y = x in blocks of 32 int8 with a scale each; put in by program/quantize.py
+        "quantize": OpSpec(("act",), ("q8",), segments=_ROWWISE),
         # q, k, v = x W^T + b; per-head RMSNorm of q and k where given; rope; k and v go into the KV pool, q comes out
         "qkv": OpSpec(
             ("act",),

@@ -28,7 +28,7 @@ import numpy as np
 
 from sapwood.errors import InvalidRequest, MissingExtra
 from sapwood.program.ir import Node, Program, WeightSlot
-from sapwood.program.ops import LOGIT_BLOCK
+from sapwood.program.ops import LOGIT_BLOCK, QUANT_BLOCK
 
 try:
     import torch
@@ -143,6 +143,10 @@ class ReferenceModel:
                 if segment == "head" and on_head is not None:
                     on_head()
             outputs = self._run_node(node, [values[v.id] for v in node.inputs], batch)
+            outputs = [
+                _through_int8(tensor) if value.dtype == "q8" else tensor
+                for value, tensor in zip(node.outputs, outputs, strict=True)
+            ]
             for value, tensor in zip(node.outputs, outputs, strict=True):
                 values[value.id] = tensor
             if keep is not None and outputs:
@@ -163,6 +167,8 @@ class ReferenceModel:
                 return [_need(w[0])[torch.as_tensor(batch.tokens, dtype=torch.long)] * p["scale"]]
             case "rms_norm":
                 return [_rms_norm(x[0], _need(w[0]) + p["plus_one"], float(p["eps"]))]
+            case "quantize":
+                return [x[0]]  # its output is q8: `run` rounds it
             case "qkv":
                 return [self._qkv(node, x[0], w, batch)]
             case "attention":
@@ -313,12 +319,33 @@ def native_outputs(
             continue
         value = node.outputs[0]
         raw = np.frombuffer(dump(node.name), np.uint8)
+        if value.dtype == "q8":
+            out[node.name] = _read_int8_rows(raw, value.cols)
+            continue
         if value.dtype == "act" and program.act == "bfloat16":
             flat = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:
             flat = raw.view(np.float32)
         out[node.name] = flat.reshape(-1, value.cols)
     return out
+
+
+def _through_int8(x: torch.Tensor) -> torch.Tensor:
+    """x [*, n] as it is after rounding to int8 in blocks of QUANT_BLOCK with a scale each."""
+    n = x.shape[-1]
+    padded = torch.nn.functional.pad(x, (0, -n % QUANT_BLOCK))
+    blocks = padded.view(*x.shape[:-1], -1, QUANT_BLOCK)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    q = torch.where(scale > 0, blocks / scale, 0).round()
+    return (q * scale).view(padded.shape)[..., :n]
+
+
+def _read_int8_rows(raw: np.ndarray[Any, Any], cols: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Rows of Q8Block (kernels.h) as float32 [rows, cols]."""
+    block = np.dtype([("q", np.int8, QUANT_BLOCK), ("scale", np.float32), ("sums", np.int32, 3)])
+    blocks = raw.view(block).reshape(-1, -(-cols // QUANT_BLOCK))
+    rows = blocks["q"].astype(np.float32) * blocks["scale"][..., None]
+    return np.ascontiguousarray(rows.reshape(len(blocks), -1)[:, :cols])
 
 
 # --- the executor
