@@ -7,6 +7,9 @@ read    GB/s (1e9 bytes) of reading a buffer far larger than the caches, each th
 fp32    GFLOP/s of fused multiply-adds
 bf16    GFLOP/s of bf16 dot products into fp32 (AVX512_BF16); a multiply and an add are two operations
 int8    GOP/s of u8 x s8 dot products into int32 (AVX512_VNNI or AVX_VNNI)
+fp32_avx2, int8_avx2
+        the same at level AVX2, whatever wider the CPU has: 256-bit fused multiply-adds, and u8 x s8 by VPMADDUBSW,
+        VPMADDWD and VPADDD, without the two instructions that make a signed weight unsigned
 
 Medians over --repeats, and the best beside them. The arithmetic runs in registers, the instructions are chosen at run
 time; one that this CPU lacks is reported so. AMX units are not measured. Needs a C++20 compiler, as the package's own
@@ -36,8 +39,8 @@ from typing import Any, Final
 import numpy as np
 
 BUFFER_BYTES: Final = 512 << 20
-KINDS: Final = ("read", "fp32", "bf16", "int8")
-UNITS: Final = ("GB/s", "GFLOP/s", "GFLOP/s", "GOP/s")
+KINDS: Final = ("read", "fp32", "bf16", "int8", "fp32_avx2", "int8_avx2")
+UNITS: Final = ("GB/s", "GFLOP/s", "GFLOP/s", "GOP/s", "GFLOP/s", "GOP/s")
 
 SOURCE: Final = r"""
 // argv: buffer bytes, repeats, thread counts...; one line "kind threads value" each time; "kind absent" where the CPU
@@ -121,24 +124,29 @@ __attribute__((target("avx2"))) uint64_t ReadAvx2(const char* data, size_t size)
 // spills such sums when they are written with intrinsics.
 #define ZERO(r) "vxorps %%xmm" #r ", %%xmm" #r ", %%xmm" #r "\n\t"
 #define SUM(op, reg, r) op " %%" reg "14, %%" reg "15, %%" reg #r "\n\t"
-#define ARITH(name, op, reg)                                                                                           \
+#define MADD_SUM(op, reg, r)                                                                                           \
+  "vpmaddubsw %%" reg "14, %%" reg "15, %%" reg "12\n\tvpmaddwd %%" reg "14, %%" reg "12, %%" reg "12\n\t"             \
+  op " %%" reg "12, %%" reg #r ", %%" reg #r "\n\t"
+#define ARITH(name, step, op, reg)                                                                                     \
   void name() {                                                                                                        \
     int64_t n = kIters;                                                                                                \
     asm volatile(ZERO(0) ZERO(1) ZERO(2) ZERO(3) ZERO(4) ZERO(5) ZERO(6) ZERO(7) ZERO(8) ZERO(9) ZERO(10) ZERO(11)     \
                  ZERO(14) ZERO(15) "1:\n\t"                                                                            \
-                 SUM(op, reg, 0) SUM(op, reg, 1) SUM(op, reg, 2) SUM(op, reg, 3) SUM(op, reg, 4) SUM(op, reg, 5)       \
-                 SUM(op, reg, 6) SUM(op, reg, 7) SUM(op, reg, 8) SUM(op, reg, 9) SUM(op, reg, 10) SUM(op, reg, 11)     \
+                 step(op, reg, 0) step(op, reg, 1) step(op, reg, 2) step(op, reg, 3) step(op, reg, 4) step(op, reg, 5) \
+                 step(op, reg, 6) step(op, reg, 7) step(op, reg, 8) step(op, reg, 9) step(op, reg, 10)                 \
+                 step(op, reg, 11)                                                                                     \
                  "dec %0\n\tjnz 1b\n\tvzeroupper"                                                                      \
                  : "+r"(n)                                                                                             \
                  :                                                                                                     \
                  : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",      \
-                   "xmm11", "xmm14", "xmm15");                                                                         \
+                   "xmm11", "xmm12", "xmm14", "xmm15");                                                                \
   }
-ARITH(FmaAvx512, "vfmadd231ps", "zmm")
-ARITH(FmaAvx2, "vfmadd231ps", "ymm")
-ARITH(Bf16Avx512, "vdpbf16ps", "zmm")
-ARITH(Int8Avx512, "vpdpbusd", "zmm")
-ARITH(Int8AvxVnni, "%{vex%} vpdpbusd", "ymm")
+ARITH(FmaAvx512, SUM, "vfmadd231ps", "zmm")
+ARITH(FmaAvx2, SUM, "vfmadd231ps", "ymm")
+ARITH(Bf16Avx512, SUM, "vdpbf16ps", "zmm")
+ARITH(Int8Avx512, SUM, "vpdpbusd", "zmm")
+ARITH(Int8AvxVnni, SUM, "%{vex%} vpdpbusd", "ymm")
+ARITH(Int8Avx2, MADD_SUM, "vpaddd", "ymm")
 #endif
 
 // Seconds from the moment all threads are there until the last is done.
@@ -218,7 +226,7 @@ int main(int argc, char** argv) {
   std::vector<int> counts;
   for (int i = 3; i < argc; ++i) counts.push_back(std::atoi(argv[i]));
   Read read = ReadPlain;
-  Arith fp32 = FmaPlain, bf16 = nullptr, int8 = nullptr;
+  Arith fp32 = FmaPlain, bf16 = nullptr, int8 = nullptr, fp32_avx2 = nullptr, int8_avx2 = nullptr;
   double fp32_ops = 2 * 64, int8_ops = 0;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f")) {
@@ -226,6 +234,7 @@ int main(int argc, char** argv) {
   } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     read = ReadAvx2, fp32 = FmaAvx2, fp32_ops = 2 * 8 * kSums;
   }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) fp32_avx2 = FmaAvx2, int8_avx2 = Int8Avx2;
   if (__builtin_cpu_supports("avx512bf16")) bf16 = Bf16Avx512;
   if (__builtin_cpu_supports("avx512vnni")) {
     int8 = Int8Avx512, int8_ops = 2 * 64 * kSums;
@@ -237,6 +246,8 @@ int main(int argc, char** argv) {
   MeasureArith("fp32", fp32, fp32_ops, repeats, counts);
   MeasureArith("bf16", bf16, 2 * 32 * kSums, repeats, counts);
   MeasureArith("int8", int8, int8_ops, repeats, counts);
+  MeasureArith("fp32_avx2", fp32_avx2, 2 * 8 * kSums, repeats, counts);
+  MeasureArith("int8_avx2", int8_avx2, 2 * 32 * kSums, repeats, counts);
   return 0;
 }
 """
@@ -396,9 +407,9 @@ def main() -> int:
     for kind, unit in zip(KINDS, UNITS, strict=True):
         if kind in found.rates:
             row = "   ".join(f"{n}: {r.median:8.1f} ({r.best:.1f})" for n, r in sorted(found.rates[kind].items()))
-            print(f"{kind:5s} {unit:8s} by threads   {row}")
+            print(f"{kind:9s} {unit:8s} by threads   {row}")
         else:
-            print(f"{kind:5s} {'not measured' if found.method == 'numpy' else 'not on this CPU'}")
+            print(f"{kind:9s} {'not measured' if found.method == 'numpy' else 'not on this CPU'}")
     return 0
 
 

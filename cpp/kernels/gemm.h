@@ -111,8 +111,7 @@ void GemmAs(const GemmArgs& args, int64_t m0, int64_t m1, int64_t p0, int64_t p1
     for (int64_t m = m0; m < m1; m += kRowsPerBlock) {
       const int64_t num_rows = Min64(kRowsPerBlock, m1 - m);
       const bool few = num_rows <= Format::kFewRows;
-      const int64_t slice =
-          few ? kFewRowsSlice : (num_rows <= kSomeRows ? kL1Slice : kL2Slice) / Format::kSliceBytes / kQ8Block * kQ8Block;
+      const int64_t slice = few ? kFewRowsSlice : kL1Slice / Format::kSliceBytes;
       for (int64_t k = 0; k < args.k; k += slice) {
         const int64_t slice_k = Min64(slice, args.k - k);
         format.Rows({a + m * row_bytes + Format::RowOffset(k), args.lda, num_rows, slice_k, few});
@@ -123,11 +122,12 @@ void GemmAs(const GemmArgs& args, int64_t m0, int64_t m1, int64_t p0, int64_t p1
           const char* next = p + 1 < num_panels   ? panel + panel_bytes + Format::SliceOffset(k)
                              : k + slice < args.k ? w + group * panel_bytes + Format::SliceOffset(k + slice)
                                                   : panel + panel_bytes;
-          const int64_t num_tiles = few ? 0 : (num_rows + Format::kMaxRows - 1) / Format::kMaxRows;
+          const int64_t num_tiles = (num_rows + Format::kMaxRows - 1) / Format::kMaxRows;
           const int64_t lines = few ? 0 : Format::SliceOffset(slice_k) / (kLine * num_tiles) + 1;
+          int64_t tile = 0;
           float* rows = c + p * kRowsPerBlock * kPanel;
-          ForRowBlocks<Format::kMaxRows>(num_rows, [&](auto r, int64_t row) __attribute__((always_inline)) {
-            const Ahead ahead{next + row / Format::kMaxRows * lines * kLine, lines};
+          ForEvenRowBlocks<Format::kMaxRows>(num_rows, [&](auto r, int64_t row) __attribute__((always_inline)) {
+            const Ahead ahead{next + tile++ * lines * kLine, lines};
             format.template Tile<r.value>(row, k == 0, rows + row * kPanel, ahead);
           });
         }

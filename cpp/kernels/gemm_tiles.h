@@ -11,12 +11,9 @@
 namespace sapwood::SAPWOOD_LEVEL {
 
 inline constexpr int64_t kRowsPerBlock = 96;  // rows that share what was made ready
-// Bytes of a panel's slice as the tiles read it. With some rows it stays in L1: then no load of a tile waits behind the
-// fetches from memory, for which there are a dozen buffers. With many, arithmetic is the bound, and a longer slice loads
-// and stores accumulators less often. Few rows read a panel once, straight from memory.
+// Bytes of a panel's slice as the tiles read it: it stays in L1, so that no load of a tile waits behind the fetches from
+// memory, for which there are a dozen buffers. Few rows read a panel once, straight from memory.
 inline constexpr int64_t kL1Slice = 16 * 1024;
-inline constexpr int64_t kL2Slice = 64 * 1024;
-inline constexpr int64_t kSomeRows = 96;
 inline constexpr int64_t kFewRowsSlice = 4096;  // elements
 
 // A tile is a function of its own: inlined side by side, gcc 12 gives their accumulators memory instead of registers.
@@ -94,10 +91,11 @@ struct DenseFormat {
   const T* w_;
 };
 
-// As DenseTile<float>, straight from the packed pairs of bf16, which are widened in registers. k is even.
-template <int R>
-SAPWOOD_TILE void PairTile(const float* a, int64_t lda, const Bf16* w, int64_t k, bool first, float* c) {
-  constexpr int C = Operand<float>::Cols(R);
+// As DenseTile<float>, straight from the packed pairs of bf16, which are widened in registers. k is even; kStride floats
+// from row to row of a, a constant, so that every element has one base register and a displacement.
+template <int R, int64_t kStride, bool kStream>
+SAPWOOD_TILE void PairTile(const float* a, const Bf16* w, int64_t k, bool first, float* c, Ahead ahead) {
+  constexpr int C = ColsForPairs(R);
   for (int j = 0; j < kPanel / kLanes; j += C) {
     Acc<R, C> acc;
     if (first) {
@@ -106,19 +104,41 @@ SAPWOOD_TILE void PairTile(const float* a, int64_t lda, const Bf16* w, int64_t k
       LoadAcc(acc, c + j * kLanes, kPanel);
     }
     const Bf16* columns = w + j * 2 * kLanes;
-    for (int64_t i = 0; i < k; i += 2, columns += 2 * kPanel) {
-      Unroll<C>([&](auto v) __attribute__((always_inline)) {
-        __builtin_prefetch(reinterpret_cast<const char*>(columns + v.value * 2 * kLanes) + kStreamAhead, 0, 3);
+    const float* x = a;
+    const auto step = [&]() __attribute__((always_inline)) {
+      V16 b[2][C];
+      Unroll<C>([&](auto i) __attribute__((always_inline)) {
+        const PairB pair = LoadPair(columns + i.value * 2 * kLanes);
+        b[0][i.value] = First(pair);
+        b[1][i.value] = Second(pair);
       });
-      Unroll<C>([&](auto v) __attribute__((always_inline)) {
-        const PairB pair = LoadPair(columns + v.value * 2 * kLanes);
-        const V16 b0 = First(pair), b1 = Second(pair);
+      Unroll<2>([&](auto half) __attribute__((always_inline)) {
         Unroll<R>([&](auto r) __attribute__((always_inline)) {
-          V16& x = acc.v[r.value][v.value];
-          x = Fma(Set1(a[r.value * lda + i]), b0, x);
-          x = Fma(Set1(a[r.value * lda + i + 1]), b1, x);
+          const V16 value = Set1(x[r.value * kStride + half.value]);
+          Unroll<C>([&](auto i) __attribute__((always_inline)) {
+            acc.v[r.value][i.value] = Fma(value, b[half.value][i.value], acc.v[r.value][i.value]);
+          });
         });
       });
+      columns += 2 * kPanel;
+      x += 2;
+    };
+    const float* const end = a + k;
+    if constexpr (kStream) {
+      while (x != end) {
+        Unroll<C>([&](auto i) __attribute__((always_inline)) {
+          __builtin_prefetch(reinterpret_cast<const char*>(columns + i.value * 2 * kLanes) + kStreamAhead, 0, 3);
+        });
+        step();
+      }
+    } else {
+      const int64_t fetching = Max64(0, Min64(k / 2, ahead.num_lines));
+      for (const float* const last = a + 2 * fetching; x != last; ahead.at += kLine) {
+        __builtin_prefetch(ahead.at, 0, 2);
+        step();
+      }
+      ahead.num_lines -= fetching;
+      while (x != end) step();
     }
     StoreAcc(acc, c + j * kLanes, kPanel);
   }
@@ -126,9 +146,12 @@ SAPWOOD_TILE void PairTile(const float* a, int64_t lda, const Bf16* w, int64_t k
 
 // bf16 without the dot: f32 chains over widened operands.
 struct WideFormat {
-  static constexpr int kMaxRows = Operand<float>::kMaxRows;
-  static constexpr int kFewRows = kMaxRowsPairs;
-  static constexpr int64_t kSliceBytes = kPanel * int64_t{sizeof(float)};
+  // With 32 registers a tile of 12 rows widens the pairs as it goes; with 16 there is no room for that, and several tiles
+  // share a panel slice that is widened once.
+  static constexpr bool kWidenPanel = kMaxRowsPairs < 12;
+  static constexpr int kMaxRows = kWidenPanel ? Operand<float>::kMaxRows : kMaxRowsPairs;
+  static constexpr int kFewRows = kMaxRowsPairs < 4 ? kMaxRowsPairs : 4;
+  static constexpr int64_t kSliceBytes = kPanel * int64_t{kWidenPanel ? sizeof(float) : sizeof(Bf16)};
   static int64_t PanelBytes(int64_t k) { return DenseFormat<Bf16>::PanelBytes(k); }
   static int64_t SliceOffset(int64_t k) { return DenseFormat<Bf16>::SliceOffset(k); }
   static int64_t RowOffset(int64_t k) { return DenseFormat<Bf16>::RowOffset(k); }
@@ -137,10 +160,11 @@ struct WideFormat {
   void Rows(const RowsAt& at) {
     at_ = at;
     even_k_ = (at.k + 1) / 2 * 2;
+    const int64_t stride = at.few ? kFewStride : kStride;
     const auto* a = static_cast<const Bf16*>(at.a);
     for (int64_t row = 0; row < at.num_rows; ++row) {
       const Bf16* from = a + row * at.lda;
-      float* to = a_ + row * even_k_;
+      float* to = a_ + row * stride;
       int64_t k = 0;
       for (; k + kLanes <= at.k; k += kLanes) Store(to + k, Load(from + k));
       for (; k < at.k; ++k) to[k] = Bf16ToF32(from[k]);
@@ -149,7 +173,7 @@ struct WideFormat {
   }
   void Panel(const void* w) {
     w_ = static_cast<const Bf16*>(w);
-    if (at_.few) return;
+    if (!kWidenPanel || at_.few) return;
     for (int64_t i = 0; i < even_k_ * kPanel; i += 2 * kPanel) {
       Unroll<kPanel / kLanes>([&](auto j) __attribute__((always_inline)) {
         const PairB pair = LoadPair(w_ + i + j.value * 2 * kLanes);
@@ -160,20 +184,25 @@ struct WideFormat {
   }
   template <int R>
   SAPWOOD_INLINE void Tile(int64_t row, bool first, float* c, Ahead ahead) const {
-    const float* a = a_ + row * even_k_;
     if constexpr (R <= kFewRows) {
-      if (at_.few) return PairTile<R>(a, even_k_, w_, even_k_, first, c);
+      if (at_.few) return PairTile<R, kFewStride, true>(a_ + row * kFewStride, w_, even_k_, first, c, ahead);
     }
-    DenseTile<float, R>(a, even_k_, wide_, even_k_, first, c, ahead);
+    const float* a = a_ + row * kStride;
+    if constexpr (kWidenPanel) {
+      DenseTile<float, R>(a, kStride, wide_, even_k_, first, c, ahead);
+    } else {
+      PairTile<R, kStride, false>(a, w_, even_k_, first, c, ahead);
+    }
   }
 
  private:
+  // Rows of a_ are one line longer than a slice: power-of-two strides would put them all into the same sets of L1.
+  static constexpr int64_t kStride = kL1Slice / kSliceBytes + kLanes, kFewStride = kFewRowsSlice + kLanes;
   RowsAt at_;
   int64_t even_k_;
   const Bf16* w_;
-  static constexpr int64_t kMostWide = kRowsPerBlock * (kL2Slice / kSliceBytes), kMostFew = kFewRows * kFewRowsSlice;
-  alignas(64) float a_[kMostWide > kMostFew ? kMostWide : kMostFew];
-  alignas(64) float wide_[kL2Slice / sizeof(float)];
+  alignas(64) float a_[kRowsPerBlock * kStride > kFewRows * kFewStride ? kRowsPerBlock * kStride : kFewRows * kFewStride];
+  alignas(64) float wide_[kWidenPanel ? kL1Slice / sizeof(float) : 1];
 };
 
 // int8 and int4: integer sums over a block of 32 k, which then join the float chain: c = fma(sum, w scale * a scale, c).
@@ -289,7 +318,7 @@ struct IntFormat {
   RowsAt at_;
   int64_t groups_;
   const uint8_t* w_;
-  alignas(64) uint8_t bytes_[kNibbles ? kL2Slice / kPanel / kQ8Block * kInt8GroupBytes : 1];
+  alignas(64) uint8_t bytes_[kNibbles ? kL1Slice / kPanel / kQ8Block * kInt8GroupBytes : 1];
 };
 
 }  // namespace sapwood::SAPWOOD_LEVEL

@@ -133,4 +133,18 @@ SAPWOOD_INLINE void ForRowBlocks(int64_t num_rows, F&& f) {
   });
 }
 
+// As ForRowBlocks, in the fewest blocks, as even as can be: a block of one row would leave the multipliers waiting.
+template <int MaxRows, typename F>
+SAPWOOD_INLINE void ForEvenRowBlocks(int64_t num_rows, F&& f) {
+  const int64_t num_blocks = (num_rows + MaxRows - 1) / MaxRows;
+  int64_t row = 0;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t rows = num_rows / num_blocks + (block < num_rows % num_blocks);
+    Unroll<MaxRows>([&](auto i) __attribute__((always_inline)) {
+      if (rows == i.value + 1) f(Int<i.value + 1>{}, row);
+    });
+    row += rows;
+  }
+}
+
 }  // namespace sapwood::SAPWOOD_LEVEL

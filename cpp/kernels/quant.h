@@ -6,17 +6,20 @@
 
 namespace sapwood::SAPWOOD_LEVEL {
 
-// values: 32 floats as two vectors. scale = max |x| / 127, q = x / scale to the nearest integer, ties to even. A NaN makes
-// the scale NaN: it must not vanish in a conversion to integers.
+SAPWOOD_INLINE bool AnyNotFinite(V16 x) { return AnyNan(Sub(x, x)); }  // inf - inf is NaN
+
+// values: 32 floats as two vectors. scale = max |x| / 127, q = x / scale to the nearest integer, ties to even. A NaN or an
+// infinity makes the scale NaN and the integers zero: it must not vanish in their conversion, nor overflow their sum.
 SAPWOOD_INLINE void QuantizeBlock(V16 x0, V16 x1, Q8Block* block) {
-  const bool nan = AnyNan(x0) || AnyNan(x1);
+  const bool finite = !AnyNotFinite(x0) && !AnyNotFinite(x1);
+  if (!finite) x0 = x1 = Zero();
   const float most = ReduceMax(Max(Abs(x0), Abs(x1)));
   const float scale = most * (1.0f / 127.0f);
   // Of a subnormal scale the inverse could be infinite: such a block is zero.
   const bool zero = !(scale >= 1.17549435e-38f);
   const V16 inverse = Set1(zero ? 0.0f : 1.0f / scale);
   const int32_t sum = StoreInt8(block->q, Mul(x0, inverse)) + StoreInt8(block->q + kLanes, Mul(x1, inverse));
-  block->scale = nan ? __builtin_nanf("") : zero ? 0.0f : scale;
+  block->scale = !finite ? __builtin_nanf("") : zero ? 0.0f : scale;
   block->minus_8_sums = -8 * sum;
   block->minus_128_sums = -128 * sum;
 }
@@ -53,6 +56,8 @@ SAPWOOD_INLINE void QuantizeInt4(V16 x0, V16 x1, QuantizedBlock* out) {
   static constexpr float kPlaces[] = {-8.0f, -7.6f, -7.2f, -6.8f, -8.5f, -9.0f, 7.4f, 7.0f, 6.5f};
   const float high = ReduceMax(Max(x0, x1)), low = ReduceMax(Max(Sub(Zero(), x0), Sub(Zero(), x1)));
   const float extreme = high > low ? high : -low;
+  // A subnormal f16 is so coarse that rounding the scale can cost more than a place gains.
+  const bool coarse = (high > low ? high : low) < 9 * 0x1p-14f;
   const V16 most = Set1(7.0f), least = Set1(-8.0f);
   float best = -1.0f, best_scale = 0.0f;
   V16 best0 = Zero(), best1 = Zero();
@@ -62,10 +67,11 @@ SAPWOOD_INLINE void QuantizeInt4(V16 x0, V16 x1, QuantizedBlock* out) {
     const V16 q0 = Max(Min(RoundToInt(Mul(x0, inverse)), most), least);
     const V16 q1 = Max(Min(RoundToInt(Mul(x1, inverse)), most), least);
     const float qx = ReduceSum(Fma(q0, x0, Mul(q1, x1))), qq = ReduceSum(Fma(q0, q0, Mul(q1, q1)));
-    const float explained = qx * qx / qq;
+    const float refit = qx / qq, scale = coarse ? F16ToF32(F32ToF16(refit)) : refit;
+    const float explained = scale * (2 * qx - scale * qq);
     if (explained > best) {
       best = explained;
-      best_scale = qx / qq;
+      best_scale = scale;
       best0 = q0;
       best1 = q1;
     }
@@ -75,10 +81,12 @@ SAPWOOD_INLINE void QuantizeInt4(V16 x0, V16 x1, QuantizedBlock* out) {
   Store(out->q + kLanes, best1);
 }
 
-// One panel of 64 outputs from rows of k floats; a null row is zero. A NaN in a block makes its scale NaN.
+// One panel of 64 outputs from rows of k floats; a null row is zero. A NaN, or what is too large for a scale in f16, makes
+// the scale of its block NaN.
 inline void QuantizePanel(WeightFormat format, const float* const* rows, int64_t k, uint8_t* panel) {
   const bool nibbles = format == WeightFormat::kInt4;
   const int64_t value_bytes = kPanel * (nibbles ? kQ8Block / 2 : kQ8Block), group_bytes = value_bytes + 2 * kPanel;
+  const float most = 65504.0f * (nibbles ? 7 : 127);
   for (int64_t first = 0; first < k; first += kQ8Block, panel += group_bytes) {
     for (int64_t row = 0; row < kPanel; ++row) {
       const auto load = [&](int64_t i) __attribute__((always_inline)) {
@@ -92,7 +100,7 @@ inline void QuantizePanel(WeightFormat format, const float* const* rows, int64_t
       } else {
         QuantizeInt8(x0, x1, &block);
       }
-      if (AnyNan(x0) || AnyNan(x1)) {
+      if (AnyNan(x0) || AnyNan(x1) || ReduceMax(Max(Abs(x0), Abs(x1))) > most) {
         block.scale = 0x7e00;
         for (float& q : block.q) q = 1.0f;
       }

@@ -213,7 +213,8 @@ inline constexpr int kMaxRowsF32 = 6;
 inline constexpr int kMaxRowsBf16 = 4;
 inline constexpr int ColsForF32(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 inline constexpr int ColsForBf16(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
-inline constexpr int kMaxRowsPairs = 2;  // bf16 widened in registers
+inline constexpr int kMaxRowsPairs = 1;  // bf16 widened in registers
+inline constexpr int ColsForPairs(int) { return 1; }
 inline constexpr int kMaxRowsInt8 = 3;
 inline constexpr int kMaxRowsInt4 = 3;  // nibbles taken apart in registers
 inline constexpr int ColsForInt8(int) { return 1; }

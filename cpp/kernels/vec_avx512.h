@@ -180,7 +180,8 @@ SAPWOOD_INLINE int32_t StoreInt8(int8_t* p, V16 x) {
 inline constexpr int kMaxRowsF32 = 6;
 inline constexpr int ColsForF32(int) { return 4; }
 inline constexpr int ColsForBf16(int) { return 4; }
-inline constexpr int kMaxRowsPairs = 4;  // bf16 widened in registers
+inline constexpr int kMaxRowsPairs = 12;  // bf16 widened in registers
+inline constexpr int ColsForPairs(int rows) { return rows <= 4 ? 4 : 2; }
 inline constexpr int kMaxRowsInt8 = 6;
 inline constexpr int kMaxRowsInt4 = 4;  // nibbles taken apart in registers
 inline constexpr int ColsForInt8(int) { return 4; }

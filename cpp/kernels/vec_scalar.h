@@ -215,6 +215,7 @@ inline constexpr int kMaxRowsBf16 = 2;
 inline constexpr int ColsForF32(int rows) { return rows == 1 ? 2 : 1; }
 inline constexpr int ColsForBf16(int) { return 1; }
 inline constexpr int kMaxRowsPairs = 2;  // bf16 widened in registers
+inline constexpr int ColsForPairs(int) { return 1; }
 inline constexpr int kMaxRowsInt8 = 1;
 inline constexpr int kMaxRowsInt4 = 1;  // nibbles taken apart in registers
 inline constexpr int ColsForInt8(int) { return 1; }

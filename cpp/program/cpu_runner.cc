@@ -29,7 +29,7 @@ constexpr int32_t kLogitBlock = 64;  // logit rows per pass of the head: bounds 
 constexpr int32_t kGemmRows = 96;    // rows of a tile once there are more than twice as many
 constexpr int32_t kAttentionRows = 24;  // query tokens of an item
 constexpr int64_t kPanelsPerTile = 8;
-constexpr int64_t kTilesPerThread = 8;  // enough that a preempted core's share is picked up by the others
+constexpr int64_t kTilesPerThread = 16;  // a step waits for the last tile: half of one per thread is lost at each node
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -58,7 +58,9 @@ using Vec = std::vector<double>;
 // The weights by name, the Program that uses them, and the same computation in double precision.
 class Model {
  public:
-  Model(const Shape& shape, DType act) : shape_(shape), act_(act) {
+  // format: of every matrix; int8 and int4 read rows of q8, which the program makes wherever a matrix wants them.
+  Model(const Shape& shape, DType act, WeightFormat format = WeightFormat::kAct)
+      : shape_(shape), act_(act), format_(format) {
     std::mt19937 rng(7);
     const auto& s = shape;
     Make("embed", s.vocab, s.hidden, 1.0f, act, rng);
@@ -91,6 +93,11 @@ class Model {
     weights_["cos"] = cos;
     weights_["sin"] = sin;
     MakeProgram();  // names the slots
+    if (format_ != WeightFormat::kAct) {
+      for (const auto& [name, matrix] : weights_) {
+        if (IsMatrix(Kind(name))) dequantised_[name] = Dequantised(matrix);
+      }
+    }
   }
 
   const Shape& shape() const { return shape_; }
@@ -125,12 +132,13 @@ class Model {
       p.nodes.push_back({op, segment, in, out, w, ints, floats, name});
     };
     constexpr auto kT = RowSym::kT, kL = RowSym::kL;
+    const DType into_matrix = format_ == WeightFormat::kAct ? act_ : DType::kQ8;
     constexpr auto kF = SegmentKind::kForward, kH = SegmentKind::kHead;
     int32_t x = value(DType::kF32, kT, s.hidden);
     node(OpKind::kEmbedding, kF, {}, {x}, {slot("embed")}, {}, {kEmbedScale}, "embed");
     for (int32_t l = 0; l < kLayers; ++l) {
       const std::string n = "l" + std::to_string(l) + ".";
-      int32_t y = value(act_, kT, s.hidden);
+      int32_t y = value(into_matrix, kT, s.hidden);
       node(OpKind::kRmsNorm, kF, {x}, {y}, {slot(n + "norm1")}, {s.plus_one}, {kEps}, n + "norm1");
       const int32_t q = value(act_, kT, s.hq * s.d);
       node(OpKind::kQkv, kF, {y}, {q},
@@ -139,21 +147,28 @@ class Model {
       int32_t o = value(act_, kT, s.hq * s.d);
       node(OpKind::kAttention, kF, {q}, {o}, {},
            {s.hq, s.hkv, s.d, group_of(l), layer_in_group(l), l == 1 ? s.window : 0}, {Scale(), s.softcap}, n + "attn");
+      const auto quantized = [&](int32_t id, const std::string& name) {
+        if (format_ == WeightFormat::kAct) return id;
+        const int32_t q8 = value(DType::kQ8, kT, p.values[id].cols);
+        node(OpKind::kQuantize, kF, {id}, {q8}, {}, {}, {}, name);
+        return q8;
+      };
+      o = quantized(o, n + "attn_q8");
       if (s.extra_linear) {
         const int32_t mid = value(act_, kT, s.hq * s.d);
         node(OpKind::kLinear, kF, {o}, {mid}, {slot(n + "mid"), slot(n + "mid_bias")}, {}, {}, n + "mid");
-        o = mid;
+        o = quantized(mid, n + "mid_q8");
       }
       int32_t x2 = value(DType::kF32, kT, s.hidden);
       node(OpKind::kLinearResidual, kF, {o, x}, {x2}, {slot(n + "o"), -1}, {1}, {}, n + "o");
-      y = value(act_, kT, s.hidden);
+      y = value(into_matrix, kT, s.hidden);
       node(OpKind::kRmsNorm, kF, {x2}, {y}, {slot(n + "norm2")}, {s.plus_one}, {kEps}, n + "norm2");
-      const int32_t h = value(act_, kT, s.inter);
+      const int32_t h = value(into_matrix, kT, s.inter);
       node(OpKind::kGateUp, kF, {y}, {h}, {slot(n + "gate_up")}, {s.inter}, {}, n + "gate_up");
       x = value(DType::kF32, kT, s.hidden);
       node(OpKind::kLinearResidual, kF, {h, x2}, {x}, {slot(n + "down"), -1}, {1}, {}, n + "down");
     }
-    const int32_t xl = value(DType::kF32, kL, s.hidden), yl = value(act_, kL, s.hidden);
+    const int32_t xl = value(DType::kF32, kL, s.hidden), yl = value(into_matrix, kL, s.hidden);
     node(OpKind::kGatherLogitRows, kH, {x}, {xl}, {}, {}, {}, "gather");
     node(OpKind::kRmsNorm, kH, {xl}, {yl}, {slot("norm")}, {s.plus_one}, {kEps}, "norm");
     const int32_t logits = value(DType::kF32, kL, s.vocab), block_max = value(DType::kF32, kL, (s.vocab + 63) / 64);
@@ -169,12 +184,9 @@ class Model {
   }
   void FillSlot(WeightStore* store, const std::string& name, int32_t id, ThreadPool* pool) const {
     const Matrix& m = weights_.at(name);
-    const SlotKind kind = name == "embed"                                 ? SlotKind::kTable
-                          : name == "cos" || name == "sin"                ? SlotKind::kF32
-                          : m.cols == 1                                   ? SlotKind::kVector
-                          : name.find("gate_up") != std::string::npos     ? SlotKind::kGateUp
-                                                                          : SlotKind::kLinear;
-    store->Fill(id, kind, {{m.data.data(), DType::kF32, m.rows, m.cols, m.cols}}, pool);
+    const SlotKind kind = Kind(name);
+    store->Fill(id, kind, {{m.data.data(), DType::kF32, m.rows, m.cols, m.cols}}, pool, 0.0f,
+                IsMatrix(kind) ? format_ : WeightFormat::kAct);
   }
   int32_t slot(const std::string& name) const { return slot_names_.at(name); }
   const Matrix& weight(const std::string& name) const { return weights_.at(name); }
@@ -269,8 +281,39 @@ class Model {
     for (size_t i = 0; i < x.size(); ++i) y[i] = x[i] * inv * (weight(name).data[i] + (plus_one ? 1 : 0));
     return y;
   }
-  Vec Linear(const std::string& name, const Vec& x, const std::string& bias) const {
-    const Matrix& w = weight(name);
+  SlotKind Kind(const std::string& name) const {
+    return name == "embed"                             ? SlotKind::kTable
+           : name == "cos" || name == "sin"            ? SlotKind::kF32
+           : weight(name).cols == 1                    ? SlotKind::kVector
+           : name.find("gate_up") != std::string::npos ? SlotKind::kGateUp
+                                                       : SlotKind::kLinear;
+  }
+  static bool IsMatrix(SlotKind kind) { return kind == SlotKind::kLinear || kind == SlotKind::kGateUp; }
+  // What the matrix is once it went through the format; a row does not depend on the others of its panel.
+  Matrix Dequantised(const Matrix& matrix) const {
+    Matrix out = matrix;
+    std::vector<uint8_t> panel(PackedBytes(format_, DType::kF32, kPanel, matrix.cols));
+    for (int64_t r = 0; r < matrix.rows; ++r) {
+      std::vector<const float*> rows(kPanel, nullptr);
+      rows[0] = matrix.row(r);
+      Kernels(BestIsa()).quantize_panel(format_, rows.data(), matrix.cols, panel.data());
+      ReadQuantizedRow(format_, panel.data(), matrix.cols, 0, out.data.data() + r * matrix.cols);
+    }
+    return out;
+  }
+  // Blocks of 32 as integers up to 127 times a scale.
+  static Vec RoundedToQ8(Vec x) {
+    for (size_t begin = 0; begin < x.size(); begin += kQ8Block) {
+      const size_t end = std::min<size_t>(x.size(), begin + kQ8Block);
+      double most = 0;
+      for (size_t i = begin; i < end; ++i) most = std::max(most, std::abs(x[i]));
+      for (size_t i = begin; i < end && most > 0; ++i) x[i] = std::nearbyint(x[i] * 127 / most) * most / 127;
+    }
+    return x;
+  }
+  Vec Linear(const std::string& name, Vec x, const std::string& bias) const {
+    const Matrix& w = format_ == WeightFormat::kAct ? weight(name) : dequantised_.at(name);
+    if (format_ != WeightFormat::kAct) x = RoundedToQ8(std::move(x));
     Vec y(w.rows);
     for (int64_t r = 0; r < w.rows; ++r) {
       y[r] = std::inner_product(x.begin(), x.end(), w.row(r), 0.0);
@@ -284,7 +327,8 @@ class Model {
 
   Shape shape_;
   DType act_;
-  std::map<std::string, Matrix> weights_;
+  WeightFormat format_;
+  std::map<std::string, Matrix> weights_, dequantised_;
   std::map<std::string, int32_t> slot_names_;
 };
 
@@ -423,11 +467,13 @@ struct Case {
   const Shape* shape;
   DType act;
   Isa isa;
+  WeightFormat format = WeightFormat::kAct;
 };
 
 std::string CaseName(const testing::TestParamInfo<Case>& info) {
+  const WeightFormat format = info.param.format;
   return std::string(info.param.shape->name) + (info.param.act == DType::kF32 ? "_f32_" : "_bf16_") +
-         IsaName(info.param.isa);
+         (format == WeightFormat::kAct ? "" : WeightFormatName(format) + std::string("_")) + IsaName(info.param.isa);
 }
 
 std::vector<Case> Cases() {
@@ -437,6 +483,10 @@ std::vector<Case> Cases() {
     for (DType act : {DType::kF32, DType::kBF16}) {
       for (const Shape& shape : kShapes) out.push_back({&shape, act, isa});
     }
+    out.push_back({&kShapes[0], DType::kF32, isa, WeightFormat::kInt8});
+    for (WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+      out.push_back({&kShapes[1], DType::kBF16, isa, format});
+    }
   }
   return out;
 }
@@ -445,9 +495,16 @@ class CpuRunnerCase : public testing::TestWithParam<Case> {
  protected:
   static constexpr int32_t kLen = 77;
   CpuRunnerCase()
-      : model_(*GetParam().shape, GetParam().act), tokens_(Tokens(kLen, GetParam().shape->vocab, 3)) {
+      : model_(*GetParam().shape, GetParam().act, GetParam().format),
+        tokens_(Tokens(kLen, GetParam().shape->vocab, 3)) {
     config_.isa = GetParam().isa;
     mode_ = GetParam().shape->rope_modes - 1;
+  }
+  // Of logits. Where int8 rows are made in fp32 and, by the reference, in fp64, a value near a tie may become the
+  // neighbouring integer: seldom, and by one step of its block.
+  static double Tolerance(double f32) {
+    if (GetParam().act == DType::kBF16) return 0.1;
+    return GetParam().format == WeightFormat::kAct ? f32 : 0.02;
   }
   Model model_;
   std::vector<int32_t> tokens_;
@@ -476,7 +533,7 @@ TEST_P(CpuRunnerCase, AgreesWithFp64) {
   const double rms = std::sqrt(square / (kLen * static_cast<double>(GetParam().shape->vocab)));
   RecordProperty("max_abs_error", std::to_string(worst));
   EXPECT_GT(rms, 0.3) << "the test's model must say something";
-  EXPECT_LT(worst, GetParam().act == DType::kF32 ? 2e-5 : 0.1) << "rms of the logits " << rms;
+  EXPECT_LT(worst, Tolerance(2e-5)) << "rms of the logits " << rms;
 }
 
 TEST_P(CpuRunnerCase, BitsDoNotDependOnTheSchedule) {
@@ -610,14 +667,13 @@ TEST_P(CpuRunnerCase, GreedyDecodingThroughTheExecutor) {
   }
   ASSERT_EQ(all.size(), 40u);
   const auto reference = model_.Reference(all, mode_);
-  const bool f32 = GetParam().act == DType::kF32;
   for (size_t t = 10; t < all.size(); ++t) {
     const Vec& logits = reference[t - 1];
     const double top = *std::max_element(logits.begin(), logits.end());
-    EXPECT_GE(logits[all[t]], top - (f32 ? 1e-4 : 0.1)) << "position " << t;
+    EXPECT_GE(logits[all[t]], top - (Tolerance(1e-4))) << "position " << t;
     double sum = 0;
     for (double v : logits) sum += std::exp(v - top);
-    EXPECT_NEAR(logprobs[t - 10], logits[all[t]] - top - std::log(sum), f32 ? 1e-4 : 0.1) << "position " << t;
+    EXPECT_NEAR(logprobs[t - 10], logits[all[t]] - top - std::log(sum), Tolerance(1e-4)) << "position " << t;
   }
 }
 
@@ -753,6 +809,98 @@ TEST_F(CpuRunnerTest, MalformedProgramsAreRefusedByName) {
     }
   }
   EXPECT_THROW(CpuRunner(model_.MakeProgram(), nullptr, Config()), InvalidArgument);
+}
+
+TEST_F(CpuRunnerTest, QuantisedWeightsAndQ8ValuesGoTogether) {
+  Model quantised(kShapes[0], DType::kF32, WeightFormat::kInt8);
+  const auto message = [&](const Program& program, std::shared_ptr<WeightStore> store) {
+    try {
+      CpuRunner runner(program, store, Config());
+    } catch (const InvalidArgument& e) {
+      return std::string(e.what());
+    }
+    return std::string("accepted");
+  };
+  EXPECT_EQ(message(quantised.MakeProgram(), quantised.MakeStore()), "accepted");
+  const auto expect = [&](const std::string& got, const std::string& node, const std::string& words) {
+    EXPECT_EQ(got.find("node \"" + node + "\""), 0u) << got;
+    EXPECT_NE(got.find(words), std::string::npos) << got;
+  };
+  const Shape& s = model_.shape();
+  const auto refill = [&](Model& model, const std::string& name, SlotKind kind, int64_t rows, int64_t cols,
+                          WeightFormat format) {
+    auto store = model.MakeStore();
+    store->Fill(model.slot(name), kind, {{nullptr, DType::kF32, rows, cols, cols}}, nullptr, 0.1f, format);
+    return store;
+  };
+  for (WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+    const std::string words = std::string("has format ") + WeightFormatName(format) + ", but the node's input is [T";
+    expect(message(model_.MakeProgram(), refill(model_, "l1.down", SlotKind::kLinear, s.hidden, s.inter, format)),
+           "l1.down", words);
+    expect(
+        message(model_.MakeProgram(), refill(model_, "l0.gate_up", SlotKind::kGateUp, 2 * s.inter, s.hidden, format)),
+        "l0.gate_up", words);
+  }
+  expect(message(quantised.MakeProgram(),
+                 refill(quantised, "l0.o", SlotKind::kLinear, s.hidden, s.hq * s.d, WeightFormat::kAct)),
+         "l0.o", "has format act, but the node's input is [T, 64] q8");
+  EXPECT_EQ(message(quantised.MakeProgram(),
+                    refill(quantised, "l0.o", SlotKind::kLinear, s.hidden, s.hq * s.d, WeightFormat::kInt4)),
+            "accepted")
+      << "formats may differ from node to node";
+
+  const auto with_dtype = [&](const std::string& name, DType dtype) {
+    Program program = quantised.MakeProgram();
+    for (const NodeDesc& node : program.nodes) {
+      if (node.name == name) program.values[node.outputs[0]].dtype = dtype;
+    }
+    return message(program, quantised.MakeStore());
+  };
+  expect(with_dtype("l0.attn", DType::kQ8), "l0.attn", "output must be f32");
+  expect(with_dtype("l0.attn_q8", DType::kF32), "l0.attn_q8", "output must be q8");
+  expect(with_dtype("l0.o", DType::kQ8), "l0.o", "output must be f32");
+  expect(with_dtype("l0.norm1", DType::kBF16), "l0.norm1", "output must be f32");
+
+  // Refilled between steps: in the other format it fits as well, as act it does not.
+  Bench bench(&quantised, CpuRunnerConfig{});
+  bench.AddRow(0, Tokens(10, s.vocab, 2));
+  bench.Step({{0, 4}});
+  const auto fill_head = [&](WeightFormat format) {
+    bench.store().Fill(quantised.slot("head"), SlotKind::kLinear, {{nullptr, DType::kF32, s.vocab, s.hidden, s.hidden}},
+                       nullptr, 0.0f, format);
+  };
+  fill_head(WeightFormat::kInt4);
+  bench.Step({{0, 4}});
+  EXPECT_NE(bench.logits(0, 3), std::vector<float>(s.vocab));
+  EXPECT_EQ(bench.logits(0, 4), std::vector<float>(s.vocab));
+  fill_head(WeightFormat::kAct);
+  EXPECT_THROW(bench.Step({{0, 2}}), InvalidArgument);
+}
+
+TEST_F(CpuRunnerTest, DumpOfAQ8ValueIsItsBlocks) {
+  Model quantised(kShapes[1], DType::kBF16, WeightFormat::kInt8);
+  CpuRunnerConfig config;
+  config.debug = true;
+  Bench bench(&quantised, config);
+  bench.AddRow(0, Tokens(20, quantised.shape().vocab, 2));
+  bench.Step({{0, 20}});
+  const Shape& s = quantised.shape();
+  EXPECT_EQ(bench.runner().Dump("l0.norm1").size(), 20u * sizeof(Q8Block) * 2);  // 40 columns
+  EXPECT_EQ(bench.runner().Dump("l1.gate_up").size(), 20u * sizeof(Q8Block) * 2);  // 37
+  const auto attn = bench.runner().Dump("l0.attn"), attn_q8 = bench.runner().Dump("l0.attn_q8");
+  const int64_t cols = int64_t{s.hq} * s.d;
+  ASSERT_EQ(attn_q8.size(), 20u * RowBytes(DType::kQ8, cols));
+  for (int64_t t = 0; t < 20; ++t) {
+    for (int64_t i = 0; i < cols; ++i) {
+      uint32_t bits = 0;
+      std::memcpy(reinterpret_cast<char*>(&bits) + 2, attn.data() + (t * cols + i) * 2, 2);
+      float x;
+      std::memcpy(&x, &bits, 4);
+      Q8Block block;
+      std::memcpy(&block, attn_q8.data() + (t * Q8Blocks(cols) + i / kQ8Block) * sizeof(Q8Block), sizeof(Q8Block));
+      ASSERT_NEAR(block.q[i % kQ8Block] * block.scale, x, 0.501f * block.scale) << "token " << t << " column " << i;
+    }
+  }
 }
 
 TEST_F(CpuRunnerTest, StepsThatDoNotFitAreRefused) {

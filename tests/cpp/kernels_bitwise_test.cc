@@ -120,6 +120,133 @@ TEST(GemmBitwise, OneChainAscendingK) {
   }
 }
 
+// int8 and int4, as above: a row's bits whatever stands beside it, in every number of rows that has a tile of its own
+// (at most 6) and beyond a block of them.
+TEST(QuantizedGemmBitwise, RowsDoNotDependOnM) {
+  for (Isa isa : SupportedLevels()) {
+    for (WeightFormat format : kQuantized) {
+      for (int64_t k : {37, 517, 4160}) {
+        const int64_t rows = k > 4096 ? 26 : 104;
+        constexpr int64_t kN = 130;
+        Rng rng(static_cast<uint64_t>(k));
+        Buffer weight(DType::kF32, kN * k), x(DType::kF32, rows * k), a = Q8Buffer(rows * Q8Blocks(k)),
+                                                                      bias(DType::kF32, kN);
+        weight.FillNormal(rng);
+        x.FillNormal(rng);
+        bias.FillNormal(rng);
+        for (int64_t m = 0; m < rows; ++m) {
+          Kernels(isa).quantize(DType::kF32, x.at(m * k), Q8At(a, m * Q8Blocks(k)), k);
+        }
+        const QuantizedPanels w(isa, format, PanelRows(weight, kN, k), k);
+        Buffer alone(DType::kF32, rows * kN);
+        GemmArgs args = ArgsFor(a, k, w.packed, kN, alone, kN, Epilogue::kStoreF32);
+        args.lda = Q8Blocks(k);
+        args.format = format;
+        args.bias = bias.f32();
+        for (int64_t m = 0; m < rows; ++m) Kernels(isa).gemm(DType::kBF16, args, m, m + 1, 0, 3);
+        for (int64_t m = 1; m <= rows; m += m < 30 ? 1 : 7) {
+          Buffer out(DType::kF32, m * kN);
+          args.out = out.data();
+          Kernels(isa).gemm(DType::kBF16, args, 0, m, 0, 3);
+          ASSERT_TRUE(SameBits(out, 0, alone, 0, m * kN))
+              << IsaName(isa) << " " << WeightFormatName(format) << " k " << k << " m " << m;
+        }
+      }
+    }
+  }
+}
+
+TEST(QuantizedGemmBitwise, AnyTilingAnyEpilogue) {
+  constexpr int64_t kRows = 211, kN = 200, kInter = 100, kK = 523;
+  for (Isa isa : SupportedLevels()) {
+    for (WeightFormat format : kQuantized) {
+      Rng rng(99);
+      Buffer weight(DType::kF32, kN * kK), gate_up(DType::kF32, 2 * kInter * kK), x(DType::kF32, kRows * kK);
+      Buffer a = Q8Buffer(kRows * Q8Blocks(kK)), bias(DType::kF32, 256), residual(DType::kF32, kRows * kN);
+      for (Buffer* buffer : {&weight, &gate_up, &x, &bias, &residual}) buffer->FillNormal(rng);
+      for (int64_t m = 0; m < kRows; ++m) {
+        Kernels(isa).quantize(DType::kF32, x.at(m * kK), Q8At(a, m * Q8Blocks(kK)), kK);
+      }
+      const QuantizedPanels w(isa, format, PanelRows(weight, kN, kK), kK);
+      const QuantizedPanels gate_up_w(isa, format, PanelRows(gate_up, 2 * kInter, kK, true), kK);
+      for (Epilogue epilogue : {Epilogue::kStoreAct, Epilogue::kStoreF32, Epilogue::kResidual, Epilogue::kSiluMul,
+                                Epilogue::kSiluMulQ8, Epilogue::kLogits}) {
+        const bool q8 = epilogue == Epilogue::kSiluMulQ8, silu = q8 || epilogue == Epilogue::kSiluMul;
+        const int64_t n = silu ? kInter : kN, ldc = q8 ? Q8Blocks(kInter) : n;
+        const auto output = [&] {
+          return q8 ? Q8Buffer(kRows * ldc) : Buffer(OutType(DType::kBF16, epilogue), kRows * n);
+        };
+        Buffer whole = output(), tiled = output();
+        Buffer whole_max(DType::kF32, kRows * 4), tiled_max(DType::kF32, kRows * 4);
+        const auto run = [&](Buffer& out, Buffer& block_max, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+          GemmArgs args = ArgsFor(a, kK, silu ? gate_up_w.packed : w.packed, n, out, ldc, epilogue);
+          args.lda = Q8Blocks(kK);
+          args.format = format;
+          args.bias = bias.f32();
+          args.residual = residual.f32();
+          args.block_max = epilogue == Epilogue::kLogits ? block_max.f32() : nullptr;
+          Kernels(isa).gemm(DType::kBF16, args, m0, m1, p0, p1);
+        };
+        run(whole, whole_max, 0, kRows, 0, 4);
+        for (int64_t p0 = 0; p0 < 4;) {
+          const int64_t p1 = std::min<int64_t>(4, p0 + 1 + rng.Below(3));
+          for (int64_t m0 = 0; m0 < kRows;) {
+            const int64_t m1 = std::min(kRows, m0 + 1 + rng.Below(rng.Below(2) ? 9 : 120));
+            run(tiled, tiled_max, m0, m1, p0, p1);
+            m0 = m1;
+          }
+          p0 = p1;
+        }
+        EXPECT_TRUE(whole.SameBytes(tiled)) << IsaName(isa) << " " << WeightFormatName(format) << " " << int(epilogue);
+        EXPECT_TRUE(whole_max.SameBytes(tiled_max)) << IsaName(isa) << " " << WeightFormatName(format);
+      }
+    }
+  }
+}
+
+// The chain itself: an exact sum of integers for every 32 k, times the product of both scales, k ascending, from zero.
+TEST(QuantizedGemmBitwise, OneChainOfExactSums) {
+  for (Isa isa : SupportedLevels()) {
+    for (WeightFormat format : kQuantized) {
+      constexpr int64_t kRows = 9, kN = 64, kK = 601;
+      Rng rng(5);
+      Buffer weight(DType::kF32, kN * kK), x(DType::kF32, kRows * kK), a = Q8Buffer(kRows * Q8Blocks(kK));
+      weight.FillNormal(rng);
+      x.FillNormal(rng);
+      for (int64_t m = 0; m < kRows; ++m) {
+        Kernels(isa).quantize(DType::kF32, x.at(m * kK), Q8At(a, m * Q8Blocks(kK)), kK);
+      }
+      const QuantizedPanels w(isa, format, PanelRows(weight, kN, kK), kK);
+      Buffer out(DType::kF32, kRows * kN);
+      GemmArgs args = ArgsFor(a, kK, w.packed, kN, out, kN, Epilogue::kStoreF32);
+      args.lda = Q8Blocks(kK);
+      args.format = format;
+      Kernels(isa).gemm(DType::kF32, args, 0, kRows, 0, 1);
+      const int64_t group_bytes = w.panel_bytes() / Q8Blocks(kK);
+      for (int64_t n = 0; n < kN; ++n) {
+        const std::vector<float> row = w.Row(n);
+        for (int64_t m = 0; m < kRows; ++m) {
+          float acc = 0.0f;
+          for (int64_t b = 0; b < Q8Blocks(kK); ++b) {
+            uint16_t half;  // the scales are the end of each group
+            std::memcpy(&half, w.panel(0) + (b + 1) * group_bytes - 2 * (kPanel - n), 2);
+            const float scale = F16ToF32(half);
+            const Q8Block& block = *Q8At(a, m * Q8Blocks(kK) + b);
+            int32_t sum = 0;
+            for (int64_t i = 0; i < kQ8Block && b * kQ8Block + i < kK; ++i) {
+              sum += block.q[i] * static_cast<int32_t>(std::lround(row[static_cast<size_t>(b * kQ8Block + i)] / scale));
+            }
+            const float both = scale * block.scale, product = static_cast<float>(sum);
+            acc = isa == Isa::kScalar ? product * both + acc : std::fma(product, both, acc);
+          }
+          ASSERT_EQ(out.Get(m * kN + n), acc)
+              << IsaName(isa) << " " << WeightFormatName(format) << " row " << m << " output " << n;
+        }
+      }
+    }
+  }
+}
+
 constexpr int32_t kPageSizes[] = {16, 32, 64};
 
 // All rows of a case in one call, page size 16, NaN wherever the sequence is not.

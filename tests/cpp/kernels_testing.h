@@ -1,4 +1,5 @@
-// Cases, buffers and comparisons shared by kernels_test.cc (against fp64) and kernels_bitwise_test.cc (against itself).
+// Cases, buffers and comparisons shared by kernels_test.cc and kernels_quant_test.cc (against fp64) and
+// kernels_bitwise_test.cc (against itself).
 #pragma once
 
 #include <gtest/gtest.h>
@@ -152,6 +153,55 @@ struct GateUpWeight {
     PackPanels(gate.dtype(), packed.data(), num_panels() * kPanel, k, pointers.data(), gate.dtype(), 0, num_panels());
   }
 };
+
+inline constexpr WeightFormat kQuantized[] = {WeightFormat::kInt8, WeightFormat::kInt4};
+
+// Q8Blocks in a Buffer, poisoned like any other.
+inline constexpr int64_t kBlockFloats = sizeof(Q8Block) / sizeof(float);
+inline Buffer Q8Buffer(int64_t num_blocks) { return Buffer(DType::kF32, num_blocks * kBlockFloats); }
+inline Q8Block* Q8At(Buffer& blocks, int64_t i) { return static_cast<Q8Block*>(blocks.at(i * kBlockFloats)); }
+inline const Q8Block* Q8At(const Buffer& blocks, int64_t i) {
+  return static_cast<const Q8Block*>(blocks.at(i * kBlockFloats));
+}
+// What element i of a quantised row stands for.
+inline double Q8Value(const Q8Block* row, int64_t i) {
+  const Q8Block& block = row[i / kQ8Block];
+  return double{block.scale} * block.q[i % kQ8Block];
+}
+
+// Panels of int8 or int4 from the f32 rows of their outputs (64 a panel, null = zero), and what they stand for.
+struct QuantizedPanels {
+  WeightFormat format;
+  int64_t num_panels, k;
+  Buffer packed;  // bytes, as pairs
+
+  QuantizedPanels(Isa isa, WeightFormat format_, const std::vector<const float*>& rows, int64_t k_)
+      : format(format_),
+        num_panels(static_cast<int64_t>(rows.size()) / kPanel),
+        k(k_),
+        packed(DType::kBF16, num_panels * panel_bytes() / 2) {
+    for (int64_t p = 0; p < num_panels; ++p) Kernels(isa).quantize_panel(format, rows.data() + p * kPanel, k, panel(p));
+  }
+  int64_t panel_bytes() const { return static_cast<int64_t>(PackedBytes(format, DType::kF32, kPanel, k)); }
+  uint8_t* panel(int64_t p) { return static_cast<uint8_t*>(packed.data()) + p * panel_bytes(); }
+  const uint8_t* panel(int64_t p) const { return static_cast<const uint8_t*>(packed.data()) + p * panel_bytes(); }
+  std::vector<float> Row(int64_t i) const {
+    std::vector<float> row(static_cast<size_t>(k));
+    ReadQuantizedRow(format, panel(i / kPanel), k, i % kPanel, row.data());
+    return row;
+  }
+};
+
+// Pointers to the rows of [n][k] floats in whole panels; gate and up of [n/2] each, 32 + 32 a panel, where `gate_up`.
+inline std::vector<const float*> PanelRows(Buffer& rows, int64_t n, int64_t k, bool gate_up = false) {
+  const int64_t half = n / 2, num_panels = gate_up ? (half + 31) / 32 : (n + 63) / 64;
+  std::vector<const float*> pointers(static_cast<size_t>(num_panels * kPanel), nullptr);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = gate_up ? i % half / 32 * kPanel + i % half % 32 + (i < half ? 0 : 32) : i;
+    pointers[static_cast<size_t>(at)] = rows.f32() + i * k;
+  }
+  return pointers;
+}
 
 // One layer's pool with one sequence in it: pages in random order, everything not written is poison.
 class KvSequence {

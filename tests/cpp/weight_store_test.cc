@@ -190,6 +190,84 @@ TEST_P(WeightStoreTest, ReloadsInPlaceAndAliasesFollow) {
   EXPECT_EQ(store.slot(0).rows, 40);
 }
 
+// int8 and int4 from any source: what the slot holds is what the level's kernel makes of the same rows in f32.
+TEST_P(WeightStoreTest, QuantisesLinearAndGateUp) {
+  constexpr int64_t kRows = 75, kK = 45, kStride = 50;
+  const auto a = Random(kRows * kStride, 1);
+  std::vector<uint16_t> b;
+  for (float x : Random(kRows * kK, 2)) b.push_back(Bf16(x));
+  const std::vector<SlotPart> parts = {{a.data(), DType::kF32, kRows, kK, kStride},
+                                       {b.data(), DType::kBF16, kRows, kK, kK}};
+  std::vector<std::vector<float>> rows;
+  for (int64_t n = 0; n < kRows; ++n) rows.emplace_back(a.begin() + n * kStride, a.begin() + n * kStride + kK);
+  for (int64_t n = 0; n < kRows; ++n) {
+    std::vector<float>& row = rows.emplace_back();
+    for (int64_t k = 0; k < kK; ++k) row.push_back(FromBf16(b[n * kK + k]));
+  }
+  for (WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+    for (Isa isa : {Isa::kScalar, BestIsa()}) {
+      for (int32_t threads : {0, 3}) {
+        std::unique_ptr<ThreadPool> pool = threads > 0 ? std::make_unique<ThreadPool>(threads) : nullptr;
+        WeightStore store(GetParam(), 2, isa);
+        store.Fill(0, SlotKind::kLinear, parts, pool.get(), 0.0f, format);
+        store.Fill(1, SlotKind::kGateUp, parts, pool.get(), 0.0f, format);
+        for (int32_t id : {0, 1}) {
+          const WeightSlot& slot = store.slot(id);
+          EXPECT_EQ(slot.format, format);
+          EXPECT_EQ(slot.rows, id == 0 ? 2 * kRows : kRows);
+          ASSERT_EQ(slot.bytes, PackedBytes(format, GetParam(), 3 * kPanel, kK));
+          const size_t panel_bytes = slot.bytes / 3;
+          for (int64_t panel = 0; panel < 3; ++panel) {
+            std::vector<const float*> pointers;
+            for (int64_t i = 0; i < kPanel; ++i) {
+              const int64_t half = panel * 32 + i % 32,
+                            row = id == 0 ? panel * kPanel + i : half + (i < 32 ? 0 : kRows);
+              const bool there = id == 0 ? row < 2 * kRows : half < kRows;
+              pointers.push_back(there ? rows[row].data() : nullptr);
+            }
+            std::vector<uint8_t> want(panel_bytes);
+            Kernels(isa).quantize_panel(format, pointers.data(), kK, want.data());
+            ASSERT_EQ(
+                std::memcmp(static_cast<const uint8_t*>(slot.data) + panel * panel_bytes, want.data(), panel_bytes), 0)
+                << WeightFormatName(format) << " slot " << id << " panel " << panel;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(WeightStoreTest, AnotherFormatIsAnotherShape) {
+  const auto x = Random(64 * 32, 1), y = Random(64 * 32, 2);
+  const auto part = [](const std::vector<float>& v) { return SlotPart{v.data(), DType::kF32, 64, 32, 32}; };
+  WeightStore store(GetParam(), 2);
+  store.Fill(0, SlotKind::kLinear, {part(x)}, nullptr, 0.0f, WeightFormat::kInt8);
+  store.Alias(1, 0);
+  EXPECT_EQ(store.slot(1).format, WeightFormat::kInt8);
+  const auto first = Bytes(store.slot(0));
+  const void* const memory = store.slot(0).data;
+  store.Fill(0, SlotKind::kLinear, {part(y)}, nullptr, 0.0f, WeightFormat::kInt8);  // in place: the alias follows
+  EXPECT_EQ(store.slot(0).data, memory);
+  EXPECT_NE(Bytes(store.slot(1)), first);
+  const auto second = Bytes(store.slot(1));
+  store.Fill(0, SlotKind::kLinear, {part(y)}, nullptr, 0.0f, WeightFormat::kInt4);  // elsewhere: it does not
+  EXPECT_EQ(store.slot(0).format, WeightFormat::kInt4);
+  EXPECT_EQ(store.slot(0).bytes, 64u * 18);
+  EXPECT_EQ(store.slot(1).format, WeightFormat::kInt8);
+  EXPECT_EQ(Bytes(store.slot(1)), second);
+  for (SlotKind kind : {SlotKind::kTable, SlotKind::kVector, SlotKind::kF32}) {
+    try {
+      store.Fill(0, kind, {part(x)}, nullptr, 0.0f, WeightFormat::kInt8);
+      ADD_FAILURE() << "accepted kind " << static_cast<int>(kind);
+    } catch (const InvalidArgument& e) {
+      const std::string what = e.what();
+      EXPECT_NE(what.find("slot 0"), std::string::npos) << what;
+      EXPECT_NE(what.find("got format int8"), std::string::npos) << what;
+    }
+  }
+  EXPECT_EQ(store.slot(0).format, WeightFormat::kInt4) << "a refusal changes nothing";
+}
+
 TEST_P(WeightStoreTest, BadShapesAreRefusedWithSlotAndShapes) {
   const std::vector<float> x(1000);
   WeightStore store(GetParam(), 2);
