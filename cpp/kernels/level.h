@@ -34,6 +34,18 @@ SAPWOOD_INLINE void Unroll(F&& f) {
   }
 }
 
+// Yes or No by a constant, as std::conditional_t.
+template <bool kYes, typename Yes, typename No>
+struct ChooseOf {
+  using Type = Yes;
+};
+template <typename Yes, typename No>
+struct ChooseOf<false, Yes, No> {
+  using Type = No;
+};
+template <bool kYes, typename Yes, typename No>
+using Choose = typename ChooseOf<kYes, Yes, No>::Type;
+
 SAPWOOD_INLINE int64_t Min64(int64_t a, int64_t b) { return a < b ? a : b; }
 SAPWOOD_INLINE int64_t Max64(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -8,6 +8,6 @@
 
 namespace sapwood::SAPWOOD_LEVEL {
 
-inline constexpr KernelTable TableOf(Isa isa) { return {isa, Gemm, RmsNorm, RopeKv, Attention, Embed}; }
+inline constexpr KernelTable TableOf(Isa isa) { return {isa, Gemm, RmsNorm, RopeKv, Attention, AttentionMerge, Embed}; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

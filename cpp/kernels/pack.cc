@@ -56,7 +56,8 @@ void PackAs(Dst* out, int64_t k, const void* const* rows, DType src, int64_t pan
     case DType::kF32: return Pack<Dst, float>(out, k, rows, panel_begin, panel_end);
     case DType::kBF16: return Pack<Dst, Bf16>(out, k, rows, panel_begin, panel_end);
     case DType::kF16: return Pack<Dst, Fp16>(out, k, rows, panel_begin, panel_end);
-    case DType::kI32: break;
+    case DType::kI32:
+    case DType::kI8: break;
   }
   throw InvalidArgument(StrCat("weights must be f32, bf16 or f16, got dtype ", static_cast<int>(src)));
 }

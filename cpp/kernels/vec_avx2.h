@@ -72,6 +72,32 @@ SAPWOOD_INLINE void StoreN(Bf16* p, V16 x, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+// x rounded to bf16 and widened again.
+SAPWOOD_INLINE V16 RoundToBf16(V16 x) {
+  const auto half = [](__m256 h) __attribute__((always_inline)) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(HalfToBf16(h), 16));
+  };
+  return {half(x.lo), half(x.hi)};
+}
+// 16 bf16 to every second place from p on.
+SAPWOOD_INLINE void StoreEverySecond(Bf16* p, V16 x) {
+  Bf16 lanes[kLanes];
+  Store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) p[2 * i] = lanes[i];
+}
+
+// int8, widened exactly; narrowed from whole numbers in -127..127.
+SAPWOOD_INLINE V16 WidenInt8(const int8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
+}
+SAPWOOD_INLINE void NarrowToInt8(int8_t* p, V16 x) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi));
+  const __m256i in_order = _mm256_permute4x64_epi64(words, 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
+}
+
 SAPWOOD_INLINE V16 Add(V16 a, V16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 SAPWOOD_INLINE V16 Sub(V16 a, V16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 SAPWOOD_INLINE V16 Mul(V16 a, V16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -127,6 +153,7 @@ SAPWOOD_INLINE float ReduceMax(V16 a) {
 SAPWOOD_INLINE float FirstLane(V16 a) { return _mm256_cvtss_f32(a.lo); }
 
 // --- bf16 pairs: acc[i] += a.first * b[i].first, then += a.second * b[i].second ---
+inline constexpr bool kBf16Dot = false;
 struct PairA {
   V16 first, second;
 };
@@ -152,6 +179,8 @@ SAPWOOD_INLINE PairB LoadPair(const Bf16* p) {
   const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
   return {{FirstOfPair(lo), FirstOfPair(hi)}, {SecondOfPair(lo), SecondOfPair(hi)}};
 }
+SAPWOOD_INLINE V16 First(PairB b) { return b.first; }
+SAPWOOD_INLINE V16 Second(PairB b) { return b.second; }
 SAPWOOD_INLINE PairB KeepFirst(PairB b) { return {b.first, Zero()}; }
 SAPWOOD_INLINE PairB KeepSecond(PairB b) { return {Zero(), b.second}; }
 SAPWOOD_INLINE V16 PairMac(V16 acc, PairA a, PairB b) { return Fma(a.second, b.second, Fma(a.first, b.first, acc)); }
@@ -161,5 +190,9 @@ inline constexpr int kMaxRowsF32 = 6;
 inline constexpr int kMaxRowsBf16 = 4;
 inline constexpr int ColsForF32(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 inline constexpr int ColsForBf16(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+// Of attention: many rows x few columns of a widened tile, which then stay in L1; few rows x many of the pages.
+inline constexpr int kTallRows = 6, kTallCols = 1;
+inline constexpr int kFewRows = 6;
+inline constexpr int ColsForFewRows(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

@@ -58,6 +58,31 @@ SAPWOOD_INLINE void StoreN(Bf16* p, V16 x, int n) {
 }
 SAPWOOD_INLINE void Store(Bf16* p, V16 x) { StoreN(p, x, kLanes); }
 
+// x rounded to bf16 and widened again.
+SAPWOOD_INLINE V16 RoundToBf16(V16 x) {
+  Bf16 lanes[kLanes];
+  Store(lanes, x);
+  return Load(lanes);
+}
+// 16 bf16 to every second place from p on.
+SAPWOOD_INLINE void StoreEverySecond(Bf16* p, V16 x) {
+  Bf16 lanes[kLanes];
+  Store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) p[2 * i] = lanes[i];
+}
+
+// int8, widened exactly; narrowed from whole numbers in -127..127.
+SAPWOOD_INLINE V16 WidenInt8(const int8_t* p) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(p[i]);
+  return Load(lanes);
+}
+SAPWOOD_INLINE void NarrowToInt8(int8_t* p, V16 x) {
+  float lanes[kLanes];
+  Store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+}
+
 SAPWOOD_INLINE V16 Add(V16 a, V16 b) {
   return Quads([&](int i) __attribute__((always_inline)) { return a.q[i] + b.q[i]; });
 }
@@ -133,6 +158,7 @@ SAPWOOD_INLINE float ReduceMax(V16 a) {
 SAPWOOD_INLINE float FirstLane(V16 a) { return a.q[0][0]; }
 
 // --- bf16 pairs: acc[i] += a.first * b[i].first, then += a.second * b[i].second ---
+inline constexpr bool kBf16Dot = false;
 struct PairA {
   V16 first, second;
 };
@@ -154,6 +180,8 @@ SAPWOOD_INLINE PairB LoadPair(const Bf16* p) {
 #error "packed bf16 pairs are little-endian"
 #endif
 }
+SAPWOOD_INLINE V16 First(PairB b) { return b.first; }
+SAPWOOD_INLINE V16 Second(PairB b) { return b.second; }
 SAPWOOD_INLINE PairB KeepFirst(PairB b) { return {b.first, Zero()}; }
 SAPWOOD_INLINE PairB KeepSecond(PairB b) { return {Zero(), b.second}; }
 SAPWOOD_INLINE V16 PairMac(V16 acc, PairA a, PairB b) { return Fma(a.second, b.second, Fma(a.first, b.first, acc)); }
@@ -163,5 +191,9 @@ inline constexpr int kMaxRowsF32 = 2;
 inline constexpr int kMaxRowsBf16 = 2;
 inline constexpr int ColsForF32(int rows) { return rows == 1 ? 2 : 1; }
 inline constexpr int ColsForBf16(int) { return 1; }
+// Of attention: rows x columns of a widened tile, which then stay in L1; rows x columns of the pages.
+inline constexpr int kTallRows = 2, kTallCols = 1;
+inline constexpr int kFewRows = 2;
+inline constexpr int ColsForFewRows(int rows) { return rows == 1 ? 2 : 1; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

@@ -14,6 +14,7 @@ const char* DTypeWord(DType t) {
     case DType::kBF16: return "bf16";
     case DType::kF16: return "f16";
     case DType::kI32: return "i32";
+    case DType::kI8: return "i8";
   }
   return "unknown";
 }
