@@ -136,7 +136,7 @@ void BindProgram(py::module_& m) {
   py::class_<PyCpuRunner, PyRunner>(m, "CpuRunner")
       .def(py::init([](const Program& program, std::shared_ptr<WeightStore> weights, std::vector<KvGroup> groups,
                        std::vector<int32_t> num_pages, int32_t num_kv_heads, int32_t head_dim, int32_t max_step_tokens,
-                       int32_t num_threads, int32_t nice, const std::string& isa, bool debug) {
+                       int32_t num_threads, int32_t nice, const std::string& isa, bool int8_kv, bool debug) {
              CpuRunnerConfig config;
              config.groups = std::move(groups);
              config.num_pages = std::move(num_pages);
@@ -146,6 +146,7 @@ void BindProgram(py::module_& m) {
              config.num_threads = num_threads;
              config.nice = nice;
              config.isa = ParseIsa(isa.c_str());
+             config.int8_kv = int8_kv;
              config.debug = debug;
              const Isa level = config.isa;
              return std::make_unique<PyCpuRunner>(
@@ -153,7 +154,8 @@ void BindProgram(py::module_& m) {
            }),
            py::arg("program"), py::arg("weights"), py::arg("groups"), py::arg("num_pages"), py::kw_only(),
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("max_step_tokens"), py::arg("num_threads") = 0,
-           py::arg("nice") = 0, py::arg("isa") = "auto", py::arg("debug") = false)
+           py::arg("nice") = 0, py::arg("isa") = "auto", py::arg("int8_kv") = false,
+           py::arg("debug") = false)
       .def_property_readonly("kv_bytes", [](PyCpuRunner& r) { return r->kv_bytes(); })
       .def_property_readonly("num_threads", [](PyCpuRunner& r) { return r->pool().num_threads(); })
       .def_property_readonly("isa", [](PyCpuRunner& r) { return IsaName(r.isa()); })

@@ -86,4 +86,6 @@ const KernelTable& Kernels(Isa isa) {
 
 size_t AttentionScratchBytes(int32_t /*group_size*/, int32_t head_dim) { return BlockScratchBytes(head_dim); }
 
+size_t AttentionPartialFloats(int32_t head_dim) { return PartialFloats(head_dim); }
+
 }  // namespace sapwood

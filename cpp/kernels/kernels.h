@@ -19,9 +19,11 @@
 
 namespace sapwood {
 
-// kQ8: rows of Q8Block, of which there are Q8Blocks(cols); the other dtypes have elements.
-enum class DType : uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI32 = 3, kQ8 = 4 };
-inline constexpr size_t DTypeBytes(DType t) { return t == DType::kF32 || t == DType::kI32 ? 4 : 2; }
+// kQ8: rows of Q8Block, of which there are Q8Blocks(cols); kI8: KV pages; the other dtypes have elements.
+enum class DType : uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI32 = 3, kQ8 = 4, kI8 = 5 };
+inline constexpr size_t DTypeBytes(DType t) {
+  return t == DType::kF32 || t == DType::kI32 ? 4 : t == DType::kI8 ? 1 : 2;
+}
 
 enum class Isa : uint8_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 const char* IsaName(Isa isa);
@@ -63,21 +65,26 @@ inline constexpr size_t RowBytes(DType t, int64_t cols) {
 }
 
 // --- KV pages --------------------------------------------------------------------------------------------------
-// One page of one layer: [kv_head][K block | V block], head_dim padded to a multiple of 16 (Dp), padding zero:
-//   f32   K [Dp][page_size]            V [page_size][Dp]
-//   bf16  K [Dp/2][page_size][2]       V [page_size/2][Dp][2]
+// One page of one layer: [kv_head][K block | V block | scales], head_dim padded to a multiple of 16 (Dp), padding zero:
+//   f32   K [Dp][page_size]            V [page_size][Dp]             no scales
+//   bf16  K [Dp/2][page_size][2]       V [page_size/2][Dp][2]        no scales
+//   int8  K [Dp][page_size]            V [page_size][Dp]             f32 of K [page_size], f32 of V [page_size]
 // so 16 tokens stand in the lanes of a score and Dp in the lanes of an output. page_size is 16, 32 or 64.
+// int8: x = q * scale with scale = max|x| / 127 of the token's head, q rounded to nearest even; all zero where max|x|
+// is below kMinKvAmax; a token's head with a NaN or an infinity has scale NaN, q 0.
+inline constexpr float kMinKvAmax = 0x1p-100f;  // so that 127 / amax is finite
 struct KvLayout {
-  DType dtype;        // kF32 or kBF16
+  DType dtype;        // kF32, kBF16 or kI8
   int32_t page_size;
   int32_t num_kv_heads;
   int32_t head_dim;
   int32_t padded_dim() const { return (head_dim + 15) / 16 * 16; }
   size_t block_bytes() const { return size_t(padded_dim()) * page_size * DTypeBytes(dtype); }  // K or V of one head
-  size_t page_bytes() const { return 2 * block_bytes() * num_kv_heads; }                       // one layer
+  size_t scale_bytes() const { return dtype == DType::kI8 ? size_t(page_size) * sizeof(float) : 0; }  // of one block
+  size_t page_bytes() const { return 2 * (block_bytes() + scale_bytes()) * num_kv_heads; }            // one layer
 };
-// Canonical copy of one token's K and V of one layer page: k, v [num_kv_heads][head_dim] in layout.dtype (export,
-// tests).
+// Canonical copy of one token's K and V of one layer page: k, v [num_kv_heads][head_dim] in layout.dtype, of int8 pages
+// the f32 values q * scale (export, tests).
 void ReadKvToken(const KvLayout& layout, const void* page, int32_t offset, void* k, void* v);
 
 // --- Ops -------------------------------------------------------------------------------------------------------
@@ -122,8 +129,15 @@ struct AttentionArgs {
   float scale;                // multiplies q.k
   float softcap;              // 0 = off
   void* scratch;              // AttentionScratchBytes(...) of this thread
+  // Keys split among several calls: chunks of kAttentionChunk absolute positions, [chunk_begin, chunk_end) in this one.
+  // Their (m, l, O) go to partial, [q_len * group size][num_chunks][AttentionPartialFloats(head_dim)], where first_chunk
+  // is the first; attention_merge writes out. partial == null: all keys in one call, which writes out. Same bits.
+  float* partial;
+  int64_t first_chunk, num_chunks, chunk_begin, chunk_end;
 };
+inline constexpr int64_t kAttentionChunk = 256;
 size_t AttentionScratchBytes(int32_t group_size, int32_t head_dim);
+size_t AttentionPartialFloats(int32_t head_dim);
 
 struct RopeKvArgs {
   const float* qkv;           // one token: [(num_q_heads + 2 * num_kv_heads) * head_dim] f32, bias already added
@@ -135,7 +149,7 @@ struct RopeKvArgs {
   const float* sin;
   int32_t rotary_dim;         // even, <= head_dim; pairs are (i, i + rotary_dim/2)
   void* q_out;                // act [num_q_heads * head_dim]
-  KvLayout layout;            // layout.dtype == act
+  KvLayout layout;            // layout.dtype is act or kI8
   void* page;                 // the layer page the token lives in
   int32_t offset;             // its place there
 };
@@ -146,9 +160,11 @@ struct KernelTable {
   void (*gemm)(DType act, const GemmArgs& args, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   // y[H] = x[H] * rsqrt(mean(x^2) + eps) * w, or * (1 + w) when plus_one; y is f32, bf16 or kQ8. One row.
   void (*rms_norm)(DType y_dtype, const float* x, const float* w, void* y, int64_t h, float eps, bool plus_one);
-  // One token: per-head norm, rope, q out, K and V into the page (each rounded to act once).
+  // One token: per-head norm, rope, q out, K and V into the page (each rounded to act once; int8 from the f32 values).
   void (*rope_kv)(DType act, const RopeKvArgs& args);
   void (*attention)(DType act, const AttentionArgs& args);
+  // The chunks of partial, all of them computed, left to right into out. chunk_begin and chunk_end are not read.
+  void (*attention_merge)(DType act, const AttentionArgs& args);
   // x f32[h] = table[row] * scale; table is act.
   void (*embed)(DType act, const void* table_row, float* x, int64_t h, float scale);
   // y = x of h elements as Q8Blocks. One row.

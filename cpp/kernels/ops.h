@@ -8,6 +8,8 @@
 
 namespace sapwood::SAPWOOD_LEVEL {
 
-inline constexpr KernelTable TableOf(Isa isa) { return {isa, Gemm, RmsNorm, RopeKv, Attention, Embed, Quantize, QuantizePanel}; }
+inline constexpr KernelTable TableOf(Isa isa) {
+  return {isa, Gemm, RmsNorm, RopeKv, Attention, AttentionMerge, Embed, Quantize, QuantizePanel};
+}
 
 }  // namespace sapwood::SAPWOOD_LEVEL

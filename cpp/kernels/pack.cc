@@ -57,7 +57,8 @@ void PackAs(Dst* out, int64_t k, const void* const* rows, DType src, int64_t pan
     case DType::kBF16: return Pack<Dst, Bf16>(out, k, rows, panel_begin, panel_end);
     case DType::kF16: return Pack<Dst, Fp16>(out, k, rows, panel_begin, panel_end);
     case DType::kI32:
-    case DType::kQ8: break;
+    case DType::kQ8:
+    case DType::kI8: break;
   }
   throw InvalidArgument(StrCat("weights must be f32, bf16 or f16, got dtype ", static_cast<int>(src)));
 }

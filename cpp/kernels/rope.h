@@ -1,30 +1,13 @@
 // One token after the QKV linear: per-head RMSNorm, rotary embedding, q to the attention's input, K and V to the page.
 //
 // Rotation of pairs (i, i + rotary_dim / 2): Su et al., RoFormer, in the half-split order of GPT-NeoX. Every value is
-// rounded to act once, when it is stored.
+// rounded once, when it is stored: to act, or to int8 with a scale per token and head.
 #pragma once
 
+#include "kernels/kv_page.h"
 #include "kernels/norm.h"
 
 namespace sapwood::SAPWOOD_LEVEL {
-
-// The pages of kernels.h, addressed by one (kv head, offset). KvLayout's own members are not called here: see level.h.
-template <typename T>
-struct TokenInPage {
-  static constexpr int64_t kPair = Operand<T>::kStep;  // f32: 1, bf16: 2 neighbours interleaved
-  T* k;
-  T* v;
-  int64_t padded_dim, page_size, offset;
-
-  TokenInPage(const KvLayout& layout, void* page, int64_t kv_head, int64_t at)
-      : padded_dim((layout.head_dim + 15) / 16 * 16), page_size(layout.page_size), offset(at) {
-    const int64_t block = padded_dim * page_size;
-    k = static_cast<T*>(page) + 2 * kv_head * block;
-    v = k + block;
-  }
-  SAPWOOD_INLINE T& K(int64_t d) const { return k[(d / kPair * page_size + offset) * kPair + d % kPair]; }
-  SAPWOOD_INLINE T& V(int64_t d) const { return v[(offset / kPair * padded_dim + d) * kPair + offset % kPair]; }
-};
 
 // store(d, x, n): dims [d, d + n) of the head are the first n lanes of x.
 template <typename Store>
@@ -49,38 +32,100 @@ SAPWOOD_INLINE void NormRotateHead(const RopeKvArgs& args, const float* x, const
   }
 }
 
-template <typename T>
+// x [padded_dim] of one token's K into its page: 16 lines that hold one value, or pair, of it each.
+SAPWOOD_INLINE void StoreK(float* block, int64_t page_size, int64_t offset, const float* x, int64_t padded_dim) {
+  for (int64_t d = 0; d < padded_dim; ++d) block[d * page_size + offset] = x[d];
+}
+SAPWOOD_INLINE void StoreK(Bf16* block, int64_t page_size, int64_t offset, const float* x, int64_t padded_dim) {
+  for (int64_t d = 0; d < padded_dim; d += kLanes) {
+    Bf16 lanes[kLanes];
+    Store(lanes, Load(x + d));
+    for (int i = 0; i < kLanes; i += 2) {
+      __builtin_memcpy(block + ((d + i) / 2 * page_size + offset) * 2, lanes + i, 2 * sizeof(Bf16));
+    }
+  }
+}
+// The same of V.
+SAPWOOD_INLINE void StoreV(float* block, int64_t offset, const float* x, int64_t padded_dim) {
+  for (int64_t d = 0; d < padded_dim; d += kLanes) Store(block + offset * padded_dim + d, Load(x + d));
+}
+SAPWOOD_INLINE void StoreV(Bf16* block, int64_t offset, const float* x, int64_t padded_dim) {
+  Bf16* const row = block + offset / 2 * 2 * padded_dim + offset % 2;
+  for (int64_t d = 0; d < padded_dim; d += kLanes) StoreEverySecond(row + 2 * d, Load(x + d));
+}
+
+// x[i] becomes whole numbers: see KvLayout. Returns the scale.
+SAPWOOD_INLINE float QuantizeHead(float* x, int64_t padded_dim) {
+  V16 max = Zero(), nan = Zero();
+  for (int64_t d = 0; d < padded_dim; d += kLanes) {
+    const V16 v = Load(x + d);
+    max = Max(Abs(v), max);
+    nan = Fma(v, Zero(), nan);  // NaN where v is NaN or infinite
+  }
+  const float amax = ReduceMax(max);
+  const bool bad = AnyNan(nan), tiny = amax < kMinKvAmax;
+  const V16 inverse = Set1(127.0f / amax), magic = Set1(12582912.0f);  // 1.5 * 2^23: adding it rounds
+  for (int64_t d = 0; d < padded_dim; d += kLanes) {
+    Store(x + d, bad || tiny ? Zero() : Sub(Add(Mul(Load(x + d), inverse), magic), magic));
+  }
+  return bad ? __builtin_nanf("") : tiny ? 0.0f : amax / 127.0f;
+}
+
+// K and V of one token and head, [padded_dim] each, which are overwritten.
+template <typename Kv>
+SAPWOOD_INLINE void StoreToken(const RopeKvArgs& args, int64_t kv_head, float* k, float* v) {
+  const HeadInPage<Kv> head(args.layout, kv_head);
+  const int64_t page_size = args.layout.page_size, padded_dim = head.padded_dim;
+  char* const place = static_cast<char*>(args.page) + head.first;
+  Kv* const k_block = reinterpret_cast<Kv*>(place);
+  Kv* const v_block = reinterpret_cast<Kv*>(place + head.block_bytes);
+  if constexpr (sizeof(Kv) == 1) {
+    float* const scales = reinterpret_cast<float*>(place + 2 * head.block_bytes) + args.offset;
+    scales[0] = QuantizeHead(k, padded_dim);
+    scales[page_size] = QuantizeHead(v, padded_dim);
+    for (int64_t d = 0; d < padded_dim; d += kLanes) {
+      int8_t lanes[kLanes];
+      NarrowToInt8(lanes, Load(k + d));
+      for (int i = 0; i < kLanes; ++i) k_block[(d + i) * page_size + args.offset] = lanes[i];
+      NarrowToInt8(v_block + args.offset * padded_dim + d, Load(v + d));
+    }
+  } else {
+    StoreK(k_block, page_size, args.offset, k, padded_dim);
+    StoreV(v_block, args.offset, v, padded_dim);
+  }
+}
+
+template <typename A, typename Kv>
 void RopeKvOf(const RopeKvArgs& args) {
-  const int64_t head_dim = args.layout.head_dim;
-  const int64_t num_kv_heads = args.layout.num_kv_heads;
+  const int64_t head_dim = args.layout.head_dim, num_kv_heads = args.layout.num_kv_heads;
+  const int64_t padded_dim = (head_dim + kLanes - 1) / kLanes * kLanes;
   for (int64_t h = 0; h < args.num_q_heads; ++h) {
-    T* q = static_cast<T*>(args.q_out) + h * head_dim;
+    A* q = static_cast<A*>(args.q_out) + h * head_dim;
     NormRotateHead(args, args.qkv + h * head_dim, args.q_norm,
                    [&](int64_t d, V16 x, int n) __attribute__((always_inline)) { StoreLanes(q + d, x, n); });
   }
   const float* k = args.qkv + args.num_q_heads * head_dim;
   const float* v = k + num_kv_heads * head_dim;
+  // A head in one piece first: the rotation's halves may be odd, and a scale needs all of it.
+  float* const k_head = static_cast<float*>(__builtin_alloca(2 * static_cast<size_t>(padded_dim) * sizeof(float)));
+  float* const v_head = k_head + padded_dim;
   for (int64_t h = 0; h < num_kv_heads; ++h) {
-    const TokenInPage<T> token(args.layout, args.page, h, args.offset);
-    T lanes[kLanes];
-    NormRotateHead(args, k + h * head_dim, args.k_norm, [&](int64_t d, V16 x, int n) __attribute__((always_inline)) {
-      Store(lanes, x);
-      for (int i = 0; i < n; ++i) token.K(d + i) = lanes[i];
-    });
+    Store(k_head + padded_dim - kLanes, Zero());
+    NormRotateHead(args, k + h * head_dim, args.k_norm,
+                   [&](int64_t d, V16 x, int n) __attribute__((always_inline)) { StoreLanes(k_head + d, x, n); });
     for (int64_t d = 0; d < head_dim; d += kLanes) {
-      const int n = ValidLanes(head_dim, d);
-      Store(lanes, LoadLanes(v + h * head_dim + d, n));
-      for (int i = 0; i < n; ++i) token.V(d + i) = lanes[i];
+      Store(v_head + d, LoadLanes(v + h * head_dim + d, ValidLanes(head_dim, d)));
     }
-    for (int64_t d = head_dim; d < token.padded_dim; ++d) token.K(d) = token.V(d) = T{0};
+    StoreToken<Kv>(args, h, k_head, v_head);
   }
 }
 
 inline void RopeKv(DType act, const RopeKvArgs& args) {
+  const bool int8 = args.layout.dtype == DType::kI8;
   if (act == DType::kBF16) {
-    RopeKvOf<Bf16>(args);
+    int8 ? RopeKvOf<Bf16, int8_t>(args) : RopeKvOf<Bf16, Bf16>(args);
   } else {
-    RopeKvOf<float>(args);
+    int8 ? RopeKvOf<float, int8_t>(args) : RopeKvOf<float, float>(args);
   }
 }
 

@@ -72,6 +72,32 @@ SAPWOOD_INLINE void StoreN(Bf16* p, V16 x, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+// x rounded to bf16 and widened again.
+SAPWOOD_INLINE V16 RoundToBf16(V16 x) {
+  const auto half = [](__m256 h) __attribute__((always_inline)) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(HalfToBf16(h), 16));
+  };
+  return {half(x.lo), half(x.hi)};
+}
+// 16 bf16 to every second place from p on.
+SAPWOOD_INLINE void StoreEverySecond(Bf16* p, V16 x) {
+  Bf16 lanes[kLanes];
+  Store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) p[2 * i] = lanes[i];
+}
+
+// int8, widened exactly; narrowed from whole numbers in -127..127.
+SAPWOOD_INLINE V16 WidenInt8(const int8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
+}
+SAPWOOD_INLINE void NarrowToInt8(int8_t* p, V16 x) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi));
+  const __m256i in_order = _mm256_permute4x64_epi64(words, 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
+}
+
 SAPWOOD_INLINE V16 Add(V16 a, V16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 SAPWOOD_INLINE V16 Sub(V16 a, V16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 SAPWOOD_INLINE V16 Mul(V16 a, V16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -218,5 +244,9 @@ inline constexpr int ColsForPairs(int) { return 1; }
 inline constexpr int kMaxRowsInt8 = 3;
 inline constexpr int kMaxRowsInt4 = 3;  // nibbles taken apart in registers
 inline constexpr int ColsForInt8(int) { return 1; }
+// Of attention: many rows x few columns of a widened tile, which then stay in L1; few rows x many of the pages.
+inline constexpr int kTallRows = 6, kTallCols = 1;
+inline constexpr int kFewRows = 6;
+inline constexpr int ColsForFewRows(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

@@ -51,6 +51,32 @@ SAPWOOD_INLINE V16 LoadN(const Bf16* p, int n) { return FromBf16(_mm256_maskz_lo
 SAPWOOD_INLINE void Store(Bf16* p, V16 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ToBf16(x)); }
 SAPWOOD_INLINE void StoreN(Bf16* p, V16 x, int n) { _mm256_mask_storeu_epi16(p, FirstLanes(n), ToBf16(x)); }
 
+// x rounded to bf16 and widened again.
+SAPWOOD_INLINE V16 RoundToBf16(V16 x) {
+#ifdef SAPWOOD_BF16_DOT
+  return FromBf16(ToBf16(x));
+#else
+  const __m512i bits = _mm512_castps_si512(x.v), high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_mask_mov_epi32(sum, nan, quiet), high))};
+#endif
+}
+// 16 bf16 to every second place from p on.
+SAPWOOD_INLINE void StoreEverySecond(Bf16* p, V16 x) {
+  _mm512_mask_storeu_epi16(p, 0x55555555u, _mm512_cvtepu16_epi32(ToBf16(x)));
+}
+
+// int8, widened exactly; narrowed from whole numbers in -127..127.
+SAPWOOD_INLINE V16 WidenInt8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+SAPWOOD_INLINE void NarrowToInt8(int8_t* p, V16 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+
 SAPWOOD_INLINE V16 Add(V16 a, V16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 SAPWOOD_INLINE V16 Sub(V16 a, V16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 SAPWOOD_INLINE V16 Mul(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -120,6 +146,11 @@ SAPWOOD_INLINE V16 PairMac(V16 acc, PairA a, PairB b) {
   return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
 inline constexpr int kMaxRowsBf16 = 6;
+// Whole numbers in -128..127 as a pair: exact in bf16, so the low half of their f32 bits is zero.
+SAPWOOD_INLINE PairB PairOfSmall(V16 first, V16 second) {
+  return {_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first.v), 16), _mm512_castps_si512(second.v))};
+}
+SAPWOOD_INLINE void StorePair(Bf16* p, PairB b) { _mm512_storeu_si512(p, b.v); }
 #else
 inline constexpr bool kBf16Dot = false;
 struct PairA {
@@ -185,5 +216,9 @@ inline constexpr int ColsForPairs(int rows) { return rows <= 4 ? 4 : 2; }
 inline constexpr int kMaxRowsInt8 = 6;
 inline constexpr int kMaxRowsInt4 = 4;  // nibbles taken apart in registers
 inline constexpr int ColsForInt8(int) { return 4; }
+// Of attention: many rows x few columns of a widened tile, which then stay in L1; few rows x many of the pages.
+inline constexpr int kTallRows = 6, kTallCols = 4;
+inline constexpr int kFewRows = 8;
+inline constexpr int ColsForFewRows(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 4 : 2; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

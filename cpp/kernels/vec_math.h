@@ -7,6 +7,17 @@
 
 namespace sapwood::SAPWOOD_LEVEL {
 
+// exp(r), |r| <= ln2/2.
+SAPWOOD_INLINE V16 ExpPolynomial(V16 r) {
+  V16 p = Set1(0x1.6a1a72p-10f);
+  p = Fma(p, r, Set1(0x1.123fc6p-7f));
+  p = Fma(p, r, Set1(0x1.555916p-5f));
+  p = Fma(p, r, Set1(0x1.55548ap-3f));
+  p = Fma(p, r, Set1(0x1.fffffcp-2f));
+  p = Fma(Mul(p, r), r, r);
+  return Add(p, Set1(1.0f));
+}
+
 // exp(0) = 1 exactly (attention relies on it: a merge into an empty state copies); 0 below -87.3 and for -inf; inf
 // above 88.3; NaN stays NaN.
 SAPWOOD_INLINE V16 Exp(V16 x) {
@@ -18,16 +29,22 @@ SAPWOOD_INLINE V16 Exp(V16 x) {
   const V16 n = Sub(t, magic);
   V16 r = Fma(n, Set1(-0.693145751953125f), clamped);  // high part of ln2: 16 bits, so n * part is exact
   r = Fma(n, Set1(-1.4286068203094e-06f), r);
-  V16 p = Set1(0x1.6a1a72p-10f);
-  p = Fma(p, r, Set1(0x1.123fc6p-7f));
-  p = Fma(p, r, Set1(0x1.555916p-5f));
-  p = Fma(p, r, Set1(0x1.55548ap-3f));
-  p = Fma(p, r, Set1(0x1.fffffcp-2f));
-  p = Fma(Mul(p, r), r, r);
-  p = Add(p, Set1(1.0f));
-  V16 y = Mul(p, Pow2OfMagic(t));
+  V16 y = Mul(ExpPolynomial(r), Pow2OfMagic(t));
   y = Select(Less(x, low), Zero(), y);
   return Select(Less(high, x), Set1(__builtin_inff()), y);
+}
+
+// Exp of what is not positive, and of NaN: the same bits.
+SAPWOOD_INLINE V16 ExpNotPositive(V16 x) {
+  const V16 low = Set1(-87.3f);
+  const V16 clamped = Max(low, x);
+  const V16 magic = Set1(12582912.0f);
+  const V16 t = Add(Mul(clamped, Set1(1.44269504f)), magic);
+  const V16 n = Sub(t, magic);
+  V16 r = Fma(n, Set1(-0.693145751953125f), clamped);
+  r = Fma(n, Set1(-1.4286068203094e-06f), r);
+  const V16 y = Mul(ExpPolynomial(r), Pow2OfMagic(t));
+  return Select(Less(x, low), Zero(), y);
 }
 
 SAPWOOD_INLINE V16 Tanh(V16 x) {

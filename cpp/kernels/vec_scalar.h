@@ -58,6 +58,31 @@ SAPWOOD_INLINE void StoreN(Bf16* p, V16 x, int n) {
 }
 SAPWOOD_INLINE void Store(Bf16* p, V16 x) { StoreN(p, x, kLanes); }
 
+// x rounded to bf16 and widened again.
+SAPWOOD_INLINE V16 RoundToBf16(V16 x) {
+  Bf16 lanes[kLanes];
+  Store(lanes, x);
+  return Load(lanes);
+}
+// 16 bf16 to every second place from p on.
+SAPWOOD_INLINE void StoreEverySecond(Bf16* p, V16 x) {
+  Bf16 lanes[kLanes];
+  Store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) p[2 * i] = lanes[i];
+}
+
+// int8, widened exactly; narrowed from whole numbers in -127..127.
+SAPWOOD_INLINE V16 WidenInt8(const int8_t* p) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(p[i]);
+  return Load(lanes);
+}
+SAPWOOD_INLINE void NarrowToInt8(int8_t* p, V16 x) {
+  float lanes[kLanes];
+  Store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+}
+
 SAPWOOD_INLINE V16 Add(V16 a, V16 b) {
   return Quads([&](int i) __attribute__((always_inline)) { return a.q[i] + b.q[i]; });
 }
@@ -219,5 +244,9 @@ inline constexpr int ColsForPairs(int) { return 1; }
 inline constexpr int kMaxRowsInt8 = 1;
 inline constexpr int kMaxRowsInt4 = 1;  // nibbles taken apart in registers
 inline constexpr int ColsForInt8(int) { return 1; }
+// Of attention: rows x columns of a widened tile, which then stay in L1; rows x columns of the pages.
+inline constexpr int kTallRows = 2, kTallCols = 1;
+inline constexpr int kFewRows = 2;
+inline constexpr int ColsForFewRows(int rows) { return rows == 1 ? 2 : 1; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

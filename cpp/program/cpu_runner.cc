@@ -27,7 +27,11 @@ namespace {
 
 constexpr int32_t kLogitBlock = 64;  // logit rows per pass of the head: bounds the memory of the logits
 constexpr int32_t kGemmRows = 96;    // rows of a tile once there are more than twice as many
-constexpr int32_t kAttentionRows = 24;  // query tokens of an item
+constexpr int32_t kAttentionRows = 96;  // (query, head) rows of an item: what the kernel takes together
+// Long items are cut by keys where that is needed to give every thread about kTilesPerThread of them. Chunks of a cut
+// meet in memory, 0.4 % of what is read per query head, so this bounds the memory and nothing else.
+constexpr int64_t kMinCutChunks = 4;
+constexpr size_t kMaxPartialBytes = size_t{64} << 20;
 constexpr int64_t kPanelsPerTile = 8;
 constexpr int64_t kTilesPerThread = 16;  // a step waits for the last tile: half of one per thread is lost at each node
 
@@ -39,10 +43,13 @@ int64_t NowNs() {
   return int64_t{ts.tv_sec} * 1'000'000'000 + ts.tv_nsec;
 }
 
-// Query rows of one segment against one KV head.
+// Query rows of one segment against one KV head: all their keys, or the chunks [chunk_begin, chunk_end) of a cut.
 struct AttentionItem {
   int32_t segment, kv_head, first_row, num_rows;
+  int64_t first_chunk, num_chunks;  // that the rows can meet
+  int64_t chunk_begin, chunk_end;
   int64_t cost;
+  int64_t partial;  // of a cut: float offset of its partial results; -1: not cut
 };
 
 }  // namespace
@@ -60,6 +67,8 @@ struct CpuRunner::Impl {
   std::vector<HugeBuffer> attention_scratch;  // [thread]
   std::vector<std::vector<float>> sampler_scratch;  // [thread]
   std::vector<AttentionItem> attention_items;
+  std::vector<AttentionItem> attention_cuts;  // uncut forms of those that were cut, to be merged
+  HugeBuffer attention_partials;
 
   bool tap_logits = false;
   std::vector<LogitTap> taps;
@@ -77,7 +86,8 @@ struct CpuRunner::Impl {
         pool(config.num_threads > 0 ? config.num_threads : UsableCpus(), config.nice),
         arena(program, config.max_step_tokens, kLogitBlock, config.debug) {
     for (size_t g = 0; g < config.groups.size(); ++g) {
-      layouts.push_back({program.act, config.groups[g].page_size, config.num_kv_heads, config.head_dim});
+      const DType kv_dtype = config.int8_kv ? DType::kI8 : program.act;
+      layouts.push_back({kv_dtype, config.groups[g].page_size, config.num_kv_heads, config.head_dim});
       kv.emplace_back(layer_bytes(g) * config.groups[g].num_layers);
     }
     size_t qkv_bytes = 0, attention_bytes = 0;
@@ -225,24 +235,63 @@ struct CpuRunner::Impl {
     });
   }
 
-  void Attention(const NodeDesc& node, const StepBatch& batch) {
-    const int64_t group = node.ints[3], window = node.ints[5];
+  void PlanAttention(const NodeDesc& node, const StepBatch& batch) {
+    const int64_t window = node.ints[5];
     const auto num_kv_heads = static_cast<int32_t>(node.ints[1]);
+    const auto group_size = static_cast<int32_t>(node.ints[0] / node.ints[1]);
+    const int32_t queries = std::max(1, kAttentionRows / group_size);
     attention_items.clear();
+    attention_cuts.clear();
+    int64_t total_cost = 0;
     for (size_t s = 0; s < batch.segments.size(); ++s) {
       const Segment& segment = batch.segments[s];
-      for (int32_t first = 0; first < segment.q_len; first += kAttentionRows) {
-        const int32_t rows = std::min(kAttentionRows, segment.q_len - first);
-        int64_t keys = segment.kv_len - segment.q_len + first + rows;
-        if (window > 0) keys = std::min(keys, window + rows);
+      for (int32_t first = 0; first < segment.q_len; first += queries) {
+        const int32_t rows = std::min(queries, segment.q_len - first);
+        const int64_t hi = segment.kv_len - segment.q_len + first + rows;
+        const int64_t lo = window > 0 ? std::max<int64_t>(0, hi - rows + 1 - window) : 0;
+        const int64_t first_chunk = lo / kAttentionChunk, end_chunk = CeilDiv(hi, kAttentionChunk);
+        const int64_t cost = rows * (hi - lo);
+        total_cost += cost * num_kv_heads;
         for (int32_t head = 0; head < num_kv_heads; ++head) {
-          attention_items.push_back({static_cast<int32_t>(s), head, first, rows, rows * keys});
+          attention_items.push_back({static_cast<int32_t>(s), head, first, rows, first_chunk, end_chunk - first_chunk,
+                                     first_chunk, end_chunk, cost, -1});
         }
       }
     }
+    // Cut what is longer than its share; the absolute positions of the cuts are chunks', wherever they lie.
+    const int64_t share = std::max<int64_t>(1, total_cost / (kTilesPerThread * pool.num_threads()));
+    const auto partial_floats = static_cast<int64_t>(AttentionPartialFloats(static_cast<int32_t>(node.ints[2])));
+    int64_t partials = 0;
+    const size_t num_uncut = attention_items.size();
+    for (size_t i = 0; pool.num_threads() > 1 && i < num_uncut; ++i) {
+      AttentionItem item = attention_items[i];
+      const int64_t pieces = std::min(CeilDiv(item.cost, share), item.num_chunks / kMinCutChunks);
+      if (pieces < 2) continue;
+      const int64_t floats = int64_t{item.num_rows} * group_size * item.num_chunks * partial_floats;
+      if (static_cast<size_t>(partials + floats) * sizeof(float) > kMaxPartialBytes) continue;
+      item.partial = partials;
+      partials += floats;
+      attention_cuts.push_back(item);
+      const int64_t length = CeilDiv(item.num_chunks, pieces), end_chunk = item.chunk_end;
+      item.cost = CeilDiv(item.cost, pieces);
+      item.chunk_end = item.chunk_begin + length;
+      attention_items[i] = item;
+      while (item.chunk_end < end_chunk) {
+        item.chunk_begin = item.chunk_end;
+        item.chunk_end = std::min(end_chunk, item.chunk_begin + length);
+        attention_items.push_back(item);
+      }
+    }
+    const size_t bytes = static_cast<size_t>(partials) * sizeof(float);
+    if (attention_partials.size() < bytes) attention_partials = HugeBuffer(bytes);
     // Longest first: what is left when the other threads run out of items is short.
     std::stable_sort(attention_items.begin(), attention_items.end(),
                      [](const AttentionItem& a, const AttentionItem& b) { return a.cost > b.cost; });
+  }
+
+  void Attention(const NodeDesc& node, const StepBatch& batch) {
+    PlanAttention(node, batch);
+    const int64_t group = node.ints[3];
     AttentionArgs common{};
     common.layout = layouts[group];
     common.kv = layer(group, node.ints[4]);
@@ -251,21 +300,30 @@ struct CpuRunner::Impl {
     common.ldq = program.values[node.inputs[0]].cols;
     common.ldo = program.values[node.outputs[0]].cols;
     common.num_q_heads = static_cast<int32_t>(node.ints[0]);
-    common.window = static_cast<int32_t>(window);
+    common.window = static_cast<int32_t>(node.ints[5]);
     common.scale = static_cast<float>(node.floats[0]);
     common.softcap = static_cast<float>(node.floats[1]);
-    pool.ParallelFor(static_cast<int64_t>(attention_items.size()), [&](int64_t tile, int32_t thread) {
-      const AttentionItem& item = attention_items[tile];
-      const Segment& segment = batch.segments[item.segment];
-      AttentionArgs args = common;
-      args.page_table = batch.page_tables[group][item.segment];
-      args.kv_head = item.kv_head;
-      args.q_begin = segment.q_begin + item.first_row;
-      args.q_len = item.num_rows;
-      args.first_position = segment.kv_len - segment.q_len + item.first_row;
-      args.scratch = attention_scratch[thread].data();
-      kernels->attention(program.act, args);
-    });
+    const auto run = [&](const std::vector<AttentionItem>& items, auto kernel) {
+      pool.ParallelFor(static_cast<int64_t>(items.size()), [&](int64_t tile, int32_t thread) {
+        const AttentionItem& item = items[tile];
+        const Segment& segment = batch.segments[item.segment];
+        AttentionArgs args = common;
+        args.page_table = batch.page_tables[group][item.segment];
+        args.kv_head = item.kv_head;
+        args.q_begin = segment.q_begin + item.first_row;
+        args.q_len = item.num_rows;
+        args.first_position = segment.kv_len - segment.q_len + item.first_row;
+        args.scratch = attention_scratch[thread].data();
+        if (item.partial >= 0) args.partial = static_cast<float*>(attention_partials.data()) + item.partial;
+        args.first_chunk = item.first_chunk;
+        args.num_chunks = item.num_chunks;
+        args.chunk_begin = item.chunk_begin;
+        args.chunk_end = item.chunk_end;
+        kernel(program.act, args);
+      });
+    };
+    run(attention_items, kernels->attention);
+    if (!attention_cuts.empty()) run(attention_cuts, kernels->attention_merge);
   }
 
   // m: rows of the node's outputs. l0: the first logit row of the head block.
@@ -515,7 +573,8 @@ std::vector<uint8_t> CpuRunner::ReadKv(int32_t group, int32_t layer_in_group, Pa
                   ", got ", page);
   SAPWOOD_REQUIRE(offset >= 0 && offset < g.page_size, "offset must be in 0..", g.page_size - 1, ", got ", offset);
   const KvLayout& layout = im.layouts[group];
-  const size_t half = static_cast<size_t>(layout.num_kv_heads) * layout.head_dim * DTypeBytes(layout.dtype);
+  const DType canonical = layout.dtype == DType::kI8 ? DType::kF32 : layout.dtype;
+  const size_t half = static_cast<size_t>(layout.num_kv_heads) * layout.head_dim * DTypeBytes(canonical);
   std::vector<uint8_t> out(2 * half);
   const char* const base = im.layer(group, layer_in_group) + page * layout.page_bytes();
   ReadKvToken(layout, base, offset, out.data(), out.data() + half);

@@ -17,6 +17,7 @@ struct CpuRunnerConfig {
   std::vector<KvGroup> groups;        // page_size 16, 32 or 64
   std::vector<int32_t> num_pages;
   int32_t num_kv_heads = 0, head_dim = 0;
+  bool int8_kv = false;               // pages hold int8 with a scale per token and head; false: the program's act
   int32_t max_step_tokens = 2048;     // T is at most this
   int32_t num_threads = 0;            // 0 = UsableCpus()
   int32_t nice = 0;
@@ -55,7 +56,8 @@ class CpuRunner : public Runner {
   // Debugging. Call only while no step runs.
   void TapLogits(bool on);
   std::vector<LogitTap> TakeLogits();
-  // K and V of one token of one layer in canonical order: [2][num_kv_heads][head_dim] of the act dtype.
+  // K and V of one token of one layer in canonical order: [2][num_kv_heads][head_dim] of the act dtype; f32, as what the
+  // whole numbers and scales of int8 pages mean.
   std::vector<uint8_t> ReadKv(int32_t group, int32_t layer_in_group, PageId page, int32_t offset) const;
   void PoisonKv();                                // fill the whole pool with NaN
   void StopAfter(const std::string& node);        // "" = off: later nodes do not run, tokens are meaningless

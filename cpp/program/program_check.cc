@@ -15,6 +15,7 @@ const char* DTypeWord(DType t) {
     case DType::kF16: return "f16";
     case DType::kI32: return "i32";
     case DType::kQ8: return "q8";
+    case DType::kI8: return "i8";
   }
   return "unknown";
 }

@@ -228,7 +228,8 @@ void WeightStore::Fill(int32_t slot, SlotKind kind, const std::vector<SlotPart>&
     SAPWOOD_REQUIRE(part.rows > 0 && part.cols > 0, what, ": parts must not be empty, got ", Shapes(parts));
     SAPWOOD_REQUIRE(kind == SlotKind::kVector || part.cols == cols, what,
                     ": parts stacked along rows must agree in columns, got ", Shapes(parts));
-    SAPWOOD_REQUIRE(part.src != DType::kI32 && part.src != DType::kQ8, what, ": source must be f32, bf16 or f16");
+    SAPWOOD_REQUIRE(part.src == DType::kF32 || part.src == DType::kBF16 || part.src == DType::kF16, what,
+                    ": source must be f32, bf16 or f16");
     SAPWOOD_REQUIRE(part.data == nullptr || part.stride >= part.cols, what, ": stride ", part.stride,
                     " is shorter than a row of ", part.cols);
     num_rows += part.rows;

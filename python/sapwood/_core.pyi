@@ -267,6 +267,7 @@ class CpuRunner(Runner):
         num_threads: int = 0,
         nice: int = 0,
         isa: str = "auto",
+        int8_kv: bool = False,
         debug: bool = False,
     ) -> None: ...
     kv_bytes: int
