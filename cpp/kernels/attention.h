@@ -20,9 +20,9 @@
 // tiles: Milakov and Gimelshein 2018; FlashAttention-2 (arXiv 2307.08691).
 //
 // Rows are multiplied in Work: bf16 where the level has a dot product of bf16 pairs and act is bf16, else f32. Few rows
-// (decode) multiply the pages as they are read, each line once for up to kFewRows rows, while the lines of the next tile
-// are prefetched one by one: pages lie anywhere, so the hardware would have to find each run of 2 to 16 KB anew. Many
-// rows (prefill) first widen the tile to Work into scratch, a column of which then stays in L1 for all rows.
+// (decode) multiply the pages as they are read, each line once for up to kFewRows rows, while the next tile's lines are
+// prefetched one by one: pages lie anywhere, so the hardware would have to find each run of 2 to 16 KB anew. Many rows
+// (prefill) first widen the tile to Work into scratch, of which a slice then stays in L1 for all rows.
 #pragma once
 
 #include "kernels/attention_tiles.h"
@@ -130,9 +130,9 @@ struct AttentionBlock : BlockRows<WorkOf<A>> {
   int64_t page_size;
 };
 
-// f(vector, head's place in its page, offset of the vector's first token there) for each 16 tokens of the tile at t0, of
-// which tokens [begin, end) are wanted (one at least). A page without a wanted token may not be there: its vectors get
-// the same place on one that is, and what is computed from them is masked.
+// f(vector, head's place in its page, offset of the vector's first token there) for each 16 tokens of the tile at t0,
+// of which tokens [begin, end) are wanted (one at least). A page without a wanted token may not be there: its vectors
+// get the same place on one that is, and what is computed from them is masked.
 template <typename Kv, typename F>
 SAPWOOD_INLINE void ForTileVectors(const AttentionArgs& args, const HeadInPage<Kv>& head, int64_t t0, int64_t begin,
                                    int64_t end, F&& f) {

@@ -130,8 +130,8 @@ struct AttentionArgs {
   float softcap;              // 0 = off
   void* scratch;              // AttentionScratchBytes(...) of this thread
   // Keys split among several calls: chunks of kAttentionChunk absolute positions, [chunk_begin, chunk_end) in this one.
-  // Their (m, l, O) go to partial, [q_len * group size][num_chunks][AttentionPartialFloats(head_dim)], where first_chunk
-  // is the first; attention_merge writes out. partial == null: all keys in one call, which writes out. Same bits.
+  // Their (O, m, l) go to partial [q_len * group size][num_chunks][AttentionPartialFloats(head_dim)], which begins with
+  // first_chunk; attention_merge writes out. partial == null: all keys in one call, which writes out. Same bits.
   float* partial;
   int64_t first_chunk, num_chunks, chunk_begin, chunk_end;
 };

@@ -56,8 +56,8 @@ class CpuRunner : public Runner {
   // Debugging. Call only while no step runs.
   void TapLogits(bool on);
   std::vector<LogitTap> TakeLogits();
-  // K and V of one token of one layer in canonical order: [2][num_kv_heads][head_dim] of the act dtype; f32, as what the
-  // whole numbers and scales of int8 pages mean.
+  // K and V of one token of one layer in canonical order: [2][num_kv_heads][head_dim] of the act dtype; of int8 pages
+  // f32, what whole numbers and scales mean.
   std::vector<uint8_t> ReadKv(int32_t group, int32_t layer_in_group, PageId page, int32_t offset) const;
   void PoisonKv();                                // fill the whole pool with NaN
   void StopAfter(const std::string& node);        // "" = off: later nodes do not run, tokens are meaningless

@@ -73,6 +73,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
       max_total_tokens       KV pool size in tokens; None = sized from free memory by mem_fraction_static
       mem_fraction_static    share of free memory (after weights) for the KV pool when max_total_tokens is None
       page_size              tokens a KV page; 16, 32 or 64 on CPU
+      kv_cache_dtype         "auto" (as it is computed), "int8" (half of bfloat16's memory: a scale for each token's
+                             head), or dtype's own name
       disable_radix_cache    no prefix reuse at all
       prefix_cache           "radix" or "flat" (hash table of pages, for ablations)
     Scheduling
@@ -105,6 +107,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     max_total_tokens: int | None = None
     mem_fraction_static: float = 0.5
     page_size: int = 16
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     disable_radix_cache: bool = False
     prefix_cache: Literal["radix", "flat"] = "radix"
 

@@ -72,9 +72,10 @@ NOT_HERE: Final = (
     ),
     ("--device says where the whole model runs", "ngl n_gpu_layers gpu_layers num_gpus"),
     (
-        "weights and KV cache have --dtype (float32 or bfloat16), and weights --quantization int8 or int4",
-        "q quantization_param_path kv_cache_dtype cache_type_? ctk ctv torchao_config",
+        "weights have --dtype (float32 or bfloat16) or --quantization (int8 or int4)",
+        "q quantization_param_path torchao_config",
     ),
+    ("--kv-cache-dtype int8 halves the KV cache; K and V have one precision", "cache_type_? ctk ctv"),
     (
         "the KV pool is --max-total-tokens, or --mem-fraction-static of the memory that is free beside the weights",
         "gpu_memory_utilization kv_cache_memory* num_gpu_blocks_override",

@@ -20,7 +20,7 @@ namespace sapwood {
 namespace {
 
 constexpr int32_t kPageSize = 16;
-constexpr int32_t kMaxPos = 160;
+constexpr int32_t kMaxPos = 2200;
 
 struct Shape {
   const char* name;
@@ -191,8 +191,8 @@ class Model {
   int32_t slot(const std::string& name) const { return slot_names_.at(name); }
   const Matrix& weight(const std::string& name) const { return weights_.at(name); }
 
-  // Logits after every token, [num_tokens][vocab].
-  std::vector<Vec> Reference(const std::vector<int32_t>& tokens, int32_t rope_mode) const {
+  // Logits after every token, [num_tokens][vocab]. int8: K and V as whole multiples of 1/127 of a head's largest.
+  std::vector<Vec> Reference(const std::vector<int32_t>& tokens, int32_t rope_mode, bool int8 = false) const {
     const auto& s = shape_;
     const size_t n = tokens.size();
     std::vector<Vec> x(n);
@@ -218,6 +218,12 @@ class Model {
             v[i] = a * c - b * sn;
             v[i + s.rotary / 2] = b * c + a * sn;
           }
+        }
+        for (int32_t head = s.hq; int8 && head < s.hq + 2 * s.hkv; ++head) {
+          double* const v = qkv[t].data() + head * s.d;
+          double largest = 0;
+          for (int32_t i = 0; i < s.d; ++i) largest = std::max(largest, std::abs(v[i]));
+          for (int32_t i = 0; i < s.d; ++i) v[i] = std::nearbyint(v[i] / largest * 127) * largest / 127;
         }
       }
       const int32_t window = l == 1 ? s.window : 0;
@@ -342,7 +348,7 @@ std::vector<int32_t> Tokens(int32_t n, int32_t vocab, uint32_t seed) {
 // Rows of tokens run through a CpuRunner in chosen chunks; keeps the logits of every token and reads the KV back.
 class Bench {
  public:
-  static constexpr int32_t kNumPages = 64, kMaxRows = 8;
+  static constexpr int32_t kNumPages = 144, kMaxRows = 8;
 
   Bench(Model* model, CpuRunnerConfig config, uint32_t page_seed = 1)
       : model_(model), table_(model->groups(), kMaxRows), page_rng_(page_seed) {
@@ -467,12 +473,14 @@ struct Case {
   const Shape* shape;
   DType act;
   Isa isa;
+  bool int8_kv = false;
   WeightFormat format = WeightFormat::kAct;
 };
 
 std::string CaseName(const testing::TestParamInfo<Case>& info) {
   const WeightFormat format = info.param.format;
   return std::string(info.param.shape->name) + (info.param.act == DType::kF32 ? "_f32_" : "_bf16_") +
+         (info.param.int8_kv ? "int8_kv_" : "") +
          (format == WeightFormat::kAct ? "" : WeightFormatName(format) + std::string("_")) + IsaName(info.param.isa);
 }
 
@@ -481,11 +489,13 @@ std::vector<Case> Cases() {
   for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (!IsaSupported(isa)) continue;
     for (DType act : {DType::kF32, DType::kBF16}) {
-      for (const Shape& shape : kShapes) out.push_back({&shape, act, isa});
+      for (const Shape& shape : kShapes) {
+        for (bool int8_kv : {false, true}) out.push_back({&shape, act, isa, int8_kv});
+      }
     }
-    out.push_back({&kShapes[0], DType::kF32, isa, WeightFormat::kInt8});
+    out.push_back({&kShapes[0], DType::kF32, isa, false, WeightFormat::kInt8});
     for (WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
-      out.push_back({&kShapes[1], DType::kBF16, isa, format});
+      out.push_back({&kShapes[1], DType::kBF16, isa, false, format});
     }
   }
   return out;
@@ -498,13 +508,14 @@ class CpuRunnerCase : public testing::TestWithParam<Case> {
       : model_(*GetParam().shape, GetParam().act, GetParam().format),
         tokens_(Tokens(kLen, GetParam().shape->vocab, 3)) {
     config_.isa = GetParam().isa;
+    config_.int8_kv = GetParam().int8_kv;
     mode_ = GetParam().shape->rope_modes - 1;
   }
-  // Of logits. Where int8 rows are made in fp32 and, by the reference, in fp64, a value near a tie may become the
+  // Of logits. Where int8 rows or pages are made in fp32 and, by the reference, in fp64, a value near a tie may become the
   // neighbouring integer: seldom, and by one step of its block.
   static double Tolerance(double f32) {
-    if (GetParam().act == DType::kBF16) return 0.1;
-    return GetParam().format == WeightFormat::kAct ? f32 : 0.02;
+    if (GetParam().act == DType::kBF16) return GetParam().int8_kv ? 0.16 : 0.1;
+    return GetParam().format == WeightFormat::kAct && !GetParam().int8_kv ? f32 : 0.02;
   }
   Model model_;
   std::vector<int32_t> tokens_;
@@ -517,7 +528,7 @@ TEST_P(CpuRunnerCase, AgreesWithFp64) {
   Bench bench(&model_, config_);
   bench.AddRow(0, tokens_, mode_);
   bench.Step({{0, kLen}});
-  const auto reference = model_.Reference(tokens_, mode_);
+  const auto reference = model_.Reference(tokens_, mode_, config_.int8_kv);
   double worst = 0, square = 0;
   for (int32_t t = 0; t < kLen; ++t) {
     ASSERT_EQ(bench.logits(0, t).size(), reference[t].size());
@@ -666,7 +677,7 @@ TEST_P(CpuRunnerCase, GreedyDecodingThroughTheExecutor) {
     logprobs.push_back(e.result.logprobs[0]);
   }
   ASSERT_EQ(all.size(), 40u);
-  const auto reference = model_.Reference(all, mode_);
+  const auto reference = model_.Reference(all, mode_, config_.int8_kv);
   for (size_t t = 10; t < all.size(); ++t) {
     const Vec& logits = reference[t - 1];
     const double top = *std::max_element(logits.begin(), logits.end());
@@ -903,6 +914,35 @@ TEST_F(CpuRunnerTest, DumpOfAQ8ValueIsItsBlocks) {
   }
 }
 
+// So long that its keys are cut among three threads, in prefill and in decode. The cutting knows no levels.
+TEST(CpuRunnerCuts, KeysCutAmongThreadsGiveTheSameBits) {
+  constexpr int32_t kPrompt = 2048, kLong = kPrompt + 6;
+  for (const Shape& shape : kShapes) {
+    for (DType act : {DType::kF32, DType::kBF16}) {
+      for (bool int8_kv : {false, true}) {
+        Model model(shape, act);
+        const std::vector<int32_t> tokens = Tokens(kLong, shape.vocab, 4);
+        std::vector<uint8_t> want;
+        for (int32_t threads : {1, 3}) {
+          CpuRunnerConfig config;
+          config.isa = BestIsa();
+          config.int8_kv = int8_kv;
+          config.num_threads = threads;
+          Bench bench(&model, config, 8);
+          bench.AddRow(0, tokens);
+          for (int32_t at = 0; at < kPrompt; at += 256) bench.Step({{0, 256}});
+          for (int32_t at = kPrompt; at < kLong; at += 2) bench.Step({{0, 2}});
+          if (threads == 1) {
+            want = bench.Bits(0, kPrompt - 20);
+          } else {
+            EXPECT_EQ(bench.Bits(0, kPrompt - 20), want) << shape.name << (int8_kv ? " int8" : "");
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(CpuRunnerTest, StepsThatDoNotFitAreRefused) {
   CpuRunnerConfig config;
   config.max_step_tokens = 20;
@@ -923,7 +963,7 @@ TEST_F(CpuRunnerTest, StepsThatDoNotFitAreRefused) {
   EXPECT_NE(message({1, model_.shape().vocab}, 0).find("embedding table"), std::string::npos);
   EXPECT_NE(message({1, -1}, 0).find("embedding table"), std::string::npos);
   EXPECT_NE(message(tokens(3), 1).find("rope mode"), std::string::npos);
-  config.max_step_tokens = 1000;
+  config.max_step_tokens = kMaxPos + 1;
   EXPECT_NE(message(tokens(kMaxPos + 1), 0).find("rope table"), std::string::npos);
 }
 

@@ -251,7 +251,7 @@ constexpr int32_t kPageSizes[] = {16, 32, 64};
 
 // All rows of a case in one call, page size 16, NaN wherever the sequence is not.
 Buffer Baseline(Isa isa, const AttentionCase& c, const Buffer& q) {
-  KvSequence kv(c.act, 16, c.num_kv_heads, c.head_dim, c.len);
+  KvSequence kv(c.kv_dtype(), 16, c.num_kv_heads, c.head_dim, c.len);
   kv.FillTokens(5, 0, c.len);
   Buffer out(c.act, c.q_len * c.width());
   RunAttention(isa, c, kv, q, out, 0, c.q_len);
@@ -261,7 +261,8 @@ Buffer Baseline(Isa isa, const AttentionCase& c, const Buffer& q) {
 
 std::string Describe(Isa isa, const AttentionCase& c) {
   return std::string(IsaName(isa)) + " " + ActName(c.act) + " group " + std::to_string(c.group) + " len " +
-         std::to_string(c.len) + " q_len " + std::to_string(c.q_len) + " window " + std::to_string(c.window);
+         std::to_string(c.len) + " q_len " + std::to_string(c.q_len) + " window " + std::to_string(c.window) +
+         (c.int8 ? " int8" : "");
 }
 
 std::vector<AttentionCase> BitwiseCases(DType act) {
@@ -269,7 +270,9 @@ std::vector<AttentionCase> BitwiseCases(DType act) {
   for (int64_t len : {1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 700}) {
     for (int32_t group : {1, 2, 4, 7, 8}) {
       const int32_t window = group == 2 ? 0 : group == 7 ? 70 : group == 8 ? 5 : len > 256 && group == 4 ? 300 : 0;
-      cases.push_back({act, group, 1, 40, len, std::min<int64_t>(len, 31), window, group == 1 ? 8.0f : 0.0f});
+      for (bool int8 : {false, true}) {
+        cases.push_back({act, group, 1, 40, len, std::min<int64_t>(len, 31), window, group == 1 ? 8.0f : 0.0f, int8});
+      }
     }
   }
   return cases;
@@ -281,7 +284,7 @@ TEST(AttentionBitwise, AloneAsAmongMany) {
       for (const AttentionCase& c : BitwiseCases(act)) {
         const Buffer q = Queries(c, 11);
         const Buffer together = Baseline(isa, c, q);
-        KvSequence kv(act, 16, c.num_kv_heads, c.head_dim, c.len);
+        KvSequence kv(c.kv_dtype(), 16, c.num_kv_heads, c.head_dim, c.len);
         Buffer alone(act, c.q_len * c.width());
         // As decode meets it: the row's token is the newest there is, the rest of the pool is NaN.
         kv.FillTokens(5, 0, c.len - c.q_len);
@@ -303,7 +306,7 @@ TEST(AttentionBitwise, PageSizePoisonAndPageOrder) {
         const Buffer want = Baseline(isa, c, q);
         for (int32_t page_size : kPageSizes) {
           for (uint8_t poison : {uint8_t{0xff}, uint8_t{0x7f}, uint8_t{0x00}}) {  // NaN, large or NaN, zero
-            KvSequence kv(act, page_size, c.num_kv_heads, c.head_dim, c.len, poison, 1 + poison);
+            KvSequence kv(c.kv_dtype(), page_size, c.num_kv_heads, c.head_dim, c.len, poison, 1 + poison);
             kv.FillTokens(5, 0, c.len);
             Buffer out(act, c.q_len * c.width(), poison);
             RunAttention(isa, c, kv, q, out, 0, c.q_len);
@@ -323,11 +326,14 @@ TEST(AttentionBitwise, AnySplitOfTheRows) {
       for (const AttentionCase& c : {AttentionCase{act, 2, 2, 24, 300, 300, 0, 0.0f},
                                      {act, 1, 1, 128, 300, 300, 0, 0.0f},
                                      {act, 7, 1, 20, 290, 100, 65, 0.0f},
-                                     {act, 30, 1, 16, 270, 40, 0, 0.0f}}) {
+                                     {act, 30, 1, 16, 270, 40, 0, 0.0f},
+                                     {act, 2, 2, 24, 300, 300, 0, 0.0f, true},
+                                     {act, 7, 1, 20, 290, 100, 65, 0.0f, true},
+                                     {act, 30, 1, 16, 270, 40, 0, 0.0f, true}}) {
         const Buffer q = Queries(c, 11);
         const Buffer whole = Baseline(isa, c, q);
         for (int repeat = 0; repeat < 3; ++repeat) {
-          KvSequence kv(act, 32, c.num_kv_heads, c.head_dim, c.len);
+          KvSequence kv(c.kv_dtype(), 32, c.num_kv_heads, c.head_dim, c.len);
           kv.FillTokens(5, 0, c.len);
           Buffer split(act, c.q_len * c.width());
           for (int64_t begin = 0; begin < c.q_len;) {
@@ -346,21 +352,20 @@ TEST(AttentionBitwise, AnySplitOfTheRows) {
 TEST(AttentionBitwise, RowsBeforeABadTokenAreUntouched) {
   for (Isa isa : SupportedLevels()) {
     for (DType act : kActs) {
-      const AttentionCase c{act, 3, 1, 40, 140, 60, 0, 0.0f};
-      const Buffer q = Queries(c, 11);
-      const Buffer good = Baseline(isa, c, q);
-      for (int64_t bad : {81, 100, 127, 128, 139}) {
-        KvSequence kv(act, 16, 1, c.head_dim, c.len);
-        kv.FillTokens(5, 0, c.len);
-        for (int64_t d = 0; d < c.head_dim; ++d) {
-          kv.pool().Set(kv.KIndex(bad, 0, d), std::nan(""));
-          kv.pool().Set(kv.VIndex(bad, 0, d), std::numeric_limits<double>::infinity());
+      for (bool int8 : {false, true}) {
+        const AttentionCase c{act, 3, 1, 40, 140, 60, 0, 0.0f, int8};
+        const Buffer q = Queries(c, 11);
+        const Buffer good = Baseline(isa, c, q);
+        for (int64_t bad : {81, 100, 127, 128, 139}) {
+          KvSequence kv(c.kv_dtype(), 16, 1, c.head_dim, c.len);
+          kv.FillTokens(5, 0, c.len);
+          kv.Spoil(bad, std::nan(""), std::numeric_limits<double>::infinity());
+          Buffer out(act, c.q_len * c.width());
+          RunAttention(isa, c, kv, q, out, 0, c.q_len);
+          const int64_t rows_before = bad - (c.len - c.q_len);
+          ASSERT_TRUE(SameBits(out, 0, good, 0, rows_before * c.width())) << Describe(isa, c) << " bad token " << bad;
+          ASSERT_TRUE(std::isnan(out.Get(rows_before * c.width()))) << Describe(isa, c) << " bad token " << bad;
         }
-        Buffer out(act, c.q_len * c.width());
-        RunAttention(isa, c, kv, q, out, 0, c.q_len);
-        const int64_t rows_before = bad - (c.len - c.q_len);
-        ASSERT_TRUE(SameBits(out, 0, good, 0, rows_before * c.width())) << Describe(isa, c) << " bad token " << bad;
-        ASSERT_TRUE(std::isnan(out.Get(rows_before * c.width()))) << Describe(isa, c) << " bad token " << bad;
       }
     }
   }
@@ -370,25 +375,51 @@ TEST(AttentionBitwise, RowsBeforeABadTokenAreUntouched) {
 TEST(AttentionBitwise, RowsPastABadTokenAreUntouched) {
   for (Isa isa : SupportedLevels()) {
     for (DType act : kActs) {
-      const AttentionCase c{act, 2, 1, 40, 140, 60, 21, 0.0f};
-      const Buffer q = Queries(c, 11);
-      const Buffer good = Baseline(isa, c, q);
-      for (int64_t bad : {62, 63, 64, 83, 84}) {
-        KvSequence kv(act, 32, 1, c.head_dim, c.len);
-        kv.FillTokens(5, 0, c.len);
-        for (int64_t d = 0; d < c.head_dim; ++d) {
-          kv.pool().Set(kv.KIndex(bad, 0, d), std::nan(""));
-          kv.pool().Set(kv.VIndex(bad, 0, d), std::nan(""));
+      for (bool int8 : {false, true}) {
+        const AttentionCase c{act, 2, 1, 40, 140, 60, 21, 0.0f, int8};
+        const Buffer q = Queries(c, 11);
+        const Buffer good = Baseline(isa, c, q);
+        for (int64_t bad : {62, 63, 64, 83, 84}) {
+          KvSequence kv(c.kv_dtype(), 32, 1, c.head_dim, c.len);
+          kv.FillTokens(5, 0, c.len);
+          kv.Spoil(bad, std::nan(""), std::nan(""));
+          Buffer out(act, c.q_len * c.width());
+          RunAttention(isa, c, kv, q, out, 0, c.q_len);
+          for (int64_t i = 0; i < c.q_len; ++i) {
+            const int64_t position = c.len - c.q_len + i;
+            if (bad <= position && bad > position - c.window) {
+              ASSERT_TRUE(std::isnan(out.Get(i * c.width()))) << Describe(isa, c) << " row " << i;
+            } else {
+              ASSERT_TRUE(SameBits(out, i * c.width(), good, i * c.width(), c.width()))
+                  << Describe(isa, c) << " row " << i;
+            }
+          }
         }
-        Buffer out(act, c.q_len * c.width());
-        RunAttention(isa, c, kv, q, out, 0, c.q_len);
-        for (int64_t i = 0; i < c.q_len; ++i) {
-          const int64_t position = c.len - c.q_len + i;
-          if (bad <= position && bad > position - c.window) {
-            ASSERT_TRUE(std::isnan(out.Get(i * c.width()))) << Describe(isa, c) << " row " << i;
-          } else {
-            ASSERT_TRUE(SameBits(out, i * c.width(), good, i * c.width(), c.width()))
-                << Describe(isa, c) << " row " << i;
+      }
+    }
+  }
+}
+
+// Keys computed by several calls and merged, wherever the cuts are.
+TEST(AttentionBitwise, AnySplitOfTheKeys) {
+  for (Isa isa : SupportedLevels()) {
+    for (DType act : kActs) {
+      for (bool int8 : {false, true}) {
+        for (const AttentionCase& c : {AttentionCase{act, 2, 2, 24, 1100, 1, 0, 0.0f, int8},
+                                       {act, 1, 1, 128, 1024, 3, 0, 0.0f, int8},
+                                       {act, 7, 1, 20, 1290, 40, 0, 9.0f, int8},
+                                       {act, 3, 1, 40, 1200, 70, 600, 0.0f, int8},
+                                       {act, 2, 1, 16, 900, 300, 130, 0.0f, int8},
+                                       {act, 2, 1, 16, 100, 1, 0, 0.0f, int8}}) {
+          const Buffer q = Queries(c, 11);
+          const Buffer want = Baseline(isa, c, q);
+          KvSequence kv(c.kv_dtype(), 32, c.num_kv_heads, c.head_dim, c.len);
+          kv.FillTokens(5, 0, c.len);
+          for (const std::vector<int64_t>& cuts :
+               {std::vector<int64_t>{256}, {512}, {256, 512, 768, 1024}, {1024}, {256, 1024}}) {
+            Buffer out(act, c.q_len * c.width());
+            RunAttention(isa, c, kv, q, out, 0, c.q_len, cuts);
+            ASSERT_TRUE(out.SameBytes(want)) << Describe(isa, c) << " cuts " << cuts.size() << " from " << cuts[0];
           }
         }
       }

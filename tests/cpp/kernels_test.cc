@@ -525,8 +525,104 @@ TEST(ReadKvToken, RefusesAnOffsetOutsideThePage) {
   EXPECT_THROW(ReadKvToken(layout, page, -1, k, v), InvalidArgument);
 }
 
+// int8 pages, by the words of KvLayout: V to the last bit, K (which went through a rotation) within half a step.
+TEST(RopeKv, Int8) {
+  for (Isa isa : SupportedLevels()) {
+    for (DType act : kActs) {
+      for (int32_t head_dim : {5, 10, 16, 40, 128}) {
+        for (int32_t page_size : {16, 32, 64}) {
+          const std::string what = std::string(IsaName(isa)) + " head_dim " + std::to_string(head_dim) +
+                                   " page_size " + std::to_string(page_size);
+          const int32_t num_kv_heads = 3, rotary_dim = head_dim / 2 * 2, offset = 11;
+          Rng rng(static_cast<uint64_t>(head_dim + page_size));
+          Buffer qkv(DType::kF32, (1 + 2 * num_kv_heads) * head_dim), cos(DType::kF32, rotary_dim / 2),
+              sin(DType::kF32, rotary_dim / 2), q(act, head_dim);
+          qkv.FillNormal(rng, 3.0);
+          for (int64_t i = 0; i < rotary_dim / 2; ++i) {
+            cos.Set(i, std::cos(0.1 * static_cast<double>(i + 1)));
+            sin.Set(i, std::sin(0.1 * static_cast<double>(i + 1)));
+          }
+          const auto v_at = [&](int64_t h, int64_t d) { return (1 + num_kv_heads + h) * head_dim + d; };
+          for (int64_t d = 0; d < head_dim; ++d) qkv.Set(v_at(1, d), d == 0 ? 1e-32 : 0.0);  // below kMinKvAmax
+          qkv.Set(v_at(2, head_dim - 1), head_dim % 2 ? std::nan("") : -std::numeric_limits<double>::infinity());
+          KvSequence kv(DType::kI8, page_size, num_kv_heads, head_dim, page_size);
+          RopeKvArgs args{};
+          args.qkv = qkv.f32();
+          args.num_q_heads = 1;
+          args.cos = cos.f32();
+          args.sin = sin.f32();
+          args.rotary_dim = rotary_dim;
+          args.q_out = q.data();
+          args.layout = kv.layout();
+          args.page = kv.Page(0);
+          args.offset = offset;
+          Kernels(isa).rope_kv(act, args);
+
+          Buffer k(DType::kF32, num_kv_heads * head_dim), v(DType::kF32, num_kv_heads * head_dim);
+          ReadKvToken(kv.layout(), args.page, offset, k.data(), v.data());
+          std::vector<bool> written(static_cast<size_t>(kv.pool().count()), false);
+          for (int64_t h = 0; h < num_kv_heads; ++h) {
+            std::vector<double> x = NormedHead(qkv, (1 + h) * head_dim, head_dim, nullptr, 0.0f);
+            Rotate(x, cos, sin, rotary_dim);
+            double k_max = 0;
+            float v_max = 0;
+            for (int64_t d = 0; d < head_dim; ++d) {
+              k_max = std::max(k_max, std::abs(x[static_cast<size_t>(d)]));
+              v_max = std::max(v_max, std::abs(qkv.f32()[v_at(h, d)]));
+            }
+            const float k_scale = kv.Scale(offset, h, false), v_scale = kv.Scale(offset, h, true);
+            ASSERT_NEAR(k_scale, k_max / 127, 1e-6 * k_max) << what;
+            if (h == 0) {
+              ASSERT_EQ(v_scale, v_max / 127.0f) << what;
+            } else if (h == 1) {
+              ASSERT_EQ(v_scale, 0.0f) << what;
+            } else {
+              ASSERT_TRUE(std::isnan(v_scale)) << what;
+            }
+            for (int64_t d = 0; d < kv.layout().padded_dim(); ++d) {
+              const int64_t k_index = kv.KIndex(offset, h, d), v_index = kv.VIndex(offset, h, d);
+              written[static_cast<size_t>(k_index)] = written[static_cast<size_t>(v_index)] = true;
+              if (d >= head_dim) {
+                ASSERT_TRUE(kv.pool().Get(k_index) == 0 && kv.pool().Get(v_index) == 0) << what << " padding " << d;
+                continue;
+              }
+              const double step = static_cast<double>(k_scale);
+              ASSERT_NEAR(kv.K(offset, h, d), x[static_cast<size_t>(d)], 0.5001 * step) << what << " k " << d;
+              ASSERT_EQ(k.Get(h * head_dim + d), static_cast<float>(kv.K(offset, h, d))) << what;
+              if (h == 2) {
+                ASSERT_TRUE(std::isnan(v.Get(h * head_dim + d))) << what;
+                ASSERT_EQ(kv.pool().Get(v_index), 0) << what;
+                continue;
+              }
+              const float want = h == 1 ? 0.0f : std::nearbyint(qkv.f32()[v_at(h, d)] * (127.0f / v_max));
+              ASSERT_EQ(kv.pool().Get(v_index), want) << what << " v " << d;
+              ASSERT_EQ(v.Get(h * head_dim + d), want * v_scale) << what;
+            }
+            for (int64_t byte = 0; byte < 4; ++byte) {
+              written[static_cast<size_t>(kv.ScaleIndex(offset, h, false) + byte)] = true;
+              written[static_cast<size_t>(kv.ScaleIndex(offset, h, true) + byte)] = true;
+            }
+          }
+          for (int64_t i = 0; i < kv.pool().count(); ++i) {
+            if (!written[static_cast<size_t>(i)]) {
+              ASSERT_TRUE(kv.pool().BytesAre(i, 0xff)) << what << " neighbour written at " << i;
+            }
+          }
+          ASSERT_TRUE(kv.pool().GuardsIntact() && q.GuardsIntact());
+        }
+      }
+    }
+  }
+}
+
+TEST(KvLayout, Int8TakesAboutHalfOfBf16) {
+  const KvLayout int8{DType::kI8, 16, 8, 128}, bf16{DType::kBF16, 16, 8, 128};
+  EXPECT_EQ(bf16.page_bytes(), size_t{2} * 16 * 8 * 128 * 2);
+  EXPECT_EQ(int8.page_bytes(), size_t{2} * 16 * 8 * (128 + 4));
+}
+
 void CheckAttention(Isa isa, const AttentionCase& c, int32_t page_size) {
-  KvSequence kv(c.act, page_size, c.num_kv_heads, c.head_dim, c.len);
+  KvSequence kv(c.kv_dtype(), page_size, c.num_kv_heads, c.head_dim, c.len);
   kv.FillTokens(5, 0, c.len);
   if (c.window > 0) {  // pages that slid out of every query's window are gone: no such address
     const int64_t oldest = std::max<int64_t>(0, c.len - c.q_len + 1 - c.window);
@@ -548,7 +644,7 @@ void CheckAttention(Isa isa, const AttentionCase& c, int32_t page_size) {
       double sum = 0, most = -1e300;
       for (int64_t t = lo; t <= position; ++t) {
         double s = 0;
-        for (int64_t d = 0; d < c.head_dim; ++d) s += q.Get(at + d) * kv.pool().Get(kv.KIndex(t, kv_head, d));
+        for (int64_t d = 0; d < c.head_dim; ++d) s += q.Get(at + d) * kv.K(t, kv_head, d);
         s *= scale;
         if (c.softcap > 0) s = c.softcap * std::tanh(s / c.softcap);
         p.push_back(s);
@@ -558,13 +654,13 @@ void CheckAttention(Isa isa, const AttentionCase& c, int32_t page_size) {
       for (int64_t d = 0; d < c.head_dim; ++d) {
         double o = 0;
         for (int64_t t = lo; t <= position; ++t)
-          o += p[static_cast<size_t>(t - lo)] * kv.pool().Get(kv.VIndex(t, kv_head, d));
+          o += p[static_cast<size_t>(t - lo)] * kv.V(t, kv_head, d);
         want.push_back(o / sum);
         got.push_back(out.Get(at + d));
       }
     }
   }
-  ExpectClose(got, want, c.act, "attention",
+  ExpectClose(got, want, c.act, c.int8 ? "attention int8" : "attention",
               std::string(IsaName(isa)) + " group " + std::to_string(c.group) + " head_dim " +
                   std::to_string(c.head_dim) + " len " + std::to_string(c.len) + " q_len " + std::to_string(c.q_len) +
                   " window " + std::to_string(c.window) + " page_size " + std::to_string(page_size),
@@ -577,7 +673,10 @@ TEST(Attention, Lengths) {
       for (int64_t len : {1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 700}) {
         for (int32_t window : {0, 1, 33, 300}) {
           for (int64_t q_len : {int64_t{1}, std::min<int64_t>(len, 9)}) {
-            CheckAttention(isa, {act, 2, 1, 40, len, q_len, window, 0.0f}, len % 3 == 0 ? 16 : len % 3 == 1 ? 32 : 64);
+            for (bool int8 : {false, true}) {
+              CheckAttention(isa, {act, 2, 1, 40, len, q_len, window, 0.0f, int8},
+                             len % 3 == 0 ? 16 : len % 3 == 1 ? 32 : 64);
+            }
           }
         }
       }
@@ -588,10 +687,12 @@ TEST(Attention, Lengths) {
 TEST(Attention, GroupsAndHeadDims) {
   for (Isa isa : SupportedLevels()) {
     for (DType act : kActs) {
-      for (int32_t group : {1, 2, 4, 7, 8, 29}) CheckAttention(isa, {act, group, 2, 24, 270, 5, 0, 0.0f}, 16);
-      for (int32_t head_dim : {5, 8, 10, 20, 24, 80, 96, 128, 256}) {
-        CheckAttention(isa, {act, 3, 2, head_dim, 77, 11, 0, 0.0f}, 32);
-        CheckAttention(isa, {act, 1, 1, head_dim, 77, 1, 0, 5.0f}, 64);
+      for (bool int8 : {false, true}) {
+        for (int32_t group : {1, 2, 4, 7, 8, 29}) CheckAttention(isa, {act, group, 2, 24, 270, 5, 0, 0.0f, int8}, 16);
+        for (int32_t head_dim : {5, 8, 10, 20, 24, 80, 96, 128, 256}) {
+          CheckAttention(isa, {act, 3, 2, head_dim, 77, 11, 0, 0.0f, int8}, 32);
+          CheckAttention(isa, {act, 1, 1, head_dim, 77, 1, 0, 5.0f, int8}, 64);
+        }
       }
     }
   }
@@ -600,8 +701,10 @@ TEST(Attention, GroupsAndHeadDims) {
 TEST(Attention, WholePrefill) {
   for (Isa isa : SupportedLevels()) {
     for (DType act : kActs) {
-      CheckAttention(isa, {act, 2, 1, 16, 300, 300, 0, 0.0f}, 16);
-      CheckAttention(isa, {act, 1, 2, 16, 300, 300, 70, 10.0f}, 32);
+      for (bool int8 : {false, true}) {
+        CheckAttention(isa, {act, 2, 1, 16, 300, 300, 0, 0.0f, int8}, 16);
+        CheckAttention(isa, {act, 1, 2, 16, 300, 300, 70, 10.0f, int8}, 32);
+      }
     }
   }
 }

@@ -70,6 +70,7 @@ class Buffer {
       std::memcpy(&x, at(i), 4);
       return x;
     }
+    if (dtype_ == DType::kI8) return *static_cast<const int8_t*>(at(i));
     uint16_t x;
     std::memcpy(&x, at(i), 2);
     return dtype_ == DType::kBF16 ? Bf16ToF32(x) : F16ToF32(x);
@@ -78,6 +79,8 @@ class Buffer {
     const float x = static_cast<float>(value);
     if (dtype_ == DType::kF32) {
       std::memcpy(at(i), &x, 4);
+    } else if (dtype_ == DType::kI8) {
+      *static_cast<int8_t*>(at(i)) = static_cast<int8_t>(value);
     } else {
       ASSERT_EQ(dtype_, DType::kBF16);
       const uint16_t bits = F32ToBf16(x);
@@ -203,17 +206,18 @@ inline std::vector<const float*> PanelRows(Buffer& rows, int64_t n, int64_t k, b
   return pointers;
 }
 
-// One layer's pool with one sequence in it: pages in random order, everything not written is poison.
+// One layer's pool with one sequence in it: pages in random order, everything not written is poison. dtype: of the
+// pages, an act or kI8.
 class KvSequence {
  public:
-  KvSequence(DType act, int32_t page_size, int32_t num_kv_heads, int32_t head_dim, int64_t len, uint8_t poison = 0xff,
+  KvSequence(DType dtype, int32_t page_size, int32_t num_kv_heads, int32_t head_dim, int64_t len, uint8_t poison = 0xff,
              uint64_t page_seed = 7)
-      : layout_{act, page_size, num_kv_heads, head_dim},
+      : layout_{dtype, page_size, num_kv_heads, head_dim},
         len_(len),
-        pool_(act, 0),
+        pool_(dtype, 0),
         pages_(static_cast<size_t>((len + page_size - 1) / page_size)) {
     const int64_t num_pages = static_cast<int64_t>(pages_.size()) + 3;
-    pool_ = Buffer(act, num_pages * static_cast<int64_t>(layout_.page_bytes() / DTypeBytes(act)), poison);
+    pool_ = Buffer(dtype, num_pages * static_cast<int64_t>(layout_.page_bytes() / DTypeBytes(dtype)), poison);
     std::vector<int32_t> order(static_cast<size_t>(num_pages));
     std::iota(order.begin(), order.end(), 0);
     Rng rng(page_seed);
@@ -231,33 +235,70 @@ class KvSequence {
   }
   // Element index in the pool, by the words of kernels.h.
   int64_t KIndex(int64_t token, int64_t head, int64_t d) const {
-    const int64_t ps = layout_.page_size, dp = layout_.padded_dim(), at = token % ps;
-    const int64_t in_block = layout_.dtype == DType::kF32 ? d * ps + at : (d / 2 * ps + at) * 2 + d % 2;
-    return PageBase(token) + 2 * head * dp * ps + in_block;
+    const int64_t ps = layout_.page_size, at = token % ps;
+    return HeadBase(token, head) + (layout_.dtype == DType::kBF16 ? (d / 2 * ps + at) * 2 + d % 2 : d * ps + at);
   }
   int64_t VIndex(int64_t token, int64_t head, int64_t d) const {
-    const int64_t ps = layout_.page_size, dp = layout_.padded_dim(), at = token % ps;
-    const int64_t in_block = layout_.dtype == DType::kF32 ? at * dp + d : (at / 2 * dp + d) * 2 + at % 2;
-    return PageBase(token) + (2 * head + 1) * dp * ps + in_block;
+    const int64_t dp = layout_.padded_dim(), at = token % layout_.page_size;
+    return HeadBase(token, head) + dp * layout_.page_size +
+           (layout_.dtype == DType::kBF16 ? (at / 2 * dp + d) * 2 + at % 2 : at * dp + d);
+  }
+  // Of int8 pages: first byte of the scale of K, or of V.
+  int64_t ScaleIndex(int64_t token, int64_t head, bool v) const {
+    const int64_t ps = layout_.page_size;
+    return HeadBase(token, head) + 2 * int64_t{layout_.padded_dim()} * ps + (v ? 4 * ps : 0) + 4 * (token % ps);
+  }
+  float Scale(int64_t token, int64_t head, bool v) const {
+    float scale;
+    std::memcpy(&scale, pool_.at(ScaleIndex(token, head, v)), sizeof(scale));
+    return scale;
+  }
+  void SetScale(int64_t token, int64_t head, bool v, float scale) {
+    std::memcpy(pool_.at(ScaleIndex(token, head, v)), &scale, sizeof(scale));
+  }
+  // What the pages mean.
+  double K(int64_t token, int64_t head, int64_t d) const {
+    return pool_.Get(KIndex(token, head, d)) * (int8() ? static_cast<double>(Scale(token, head, false)) : 1.0);
+  }
+  double V(int64_t token, int64_t head, int64_t d) const {
+    return pool_.Get(VIndex(token, head, d)) * (int8() ? static_cast<double>(Scale(token, head, true)) : 1.0);
+  }
+  bool int8() const { return layout_.dtype == DType::kI8; }
+  // A token of every head whose K and V are not numbers, as rope_kv would have left it.
+  void Spoil(int64_t token, double k, double v) {
+    for (int64_t h = 0; h < layout_.num_kv_heads; ++h) {
+      for (int64_t d = 0; d < layout_.head_dim; ++d) {
+        pool_.Set(KIndex(token, h, d), int8() ? 0 : k);
+        pool_.Set(VIndex(token, h, d), int8() ? 0 : v);
+      }
+      if (!int8()) continue;
+      SetScale(token, h, false, std::nanf(""));
+      SetScale(token, h, true, std::nanf(""));
+    }
   }
   // Token t of every sequence with this seed has the same K and V, whatever the page size.
   void FillTokens(uint64_t seed, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       Rng rng(seed * 1000003 + static_cast<uint64_t>(t));
+      const auto value = [&] { return int8() ? static_cast<double>(rng.Below(255) - 127) : rng.Normal(); };
       for (int64_t h = 0; h < layout_.num_kv_heads; ++h) {
         for (int64_t d = 0; d < layout_.padded_dim(); ++d) {
           const bool real = d < layout_.head_dim;
-          pool_.Set(KIndex(t, h, d), real ? rng.Normal() : 0.0);
-          pool_.Set(VIndex(t, h, d), real ? rng.Normal() : 0.0);
+          pool_.Set(KIndex(t, h, d), real ? value() : 0.0);
+          pool_.Set(VIndex(t, h, d), real ? value() : 0.0);
         }
+        if (!int8()) continue;
+        SetScale(t, h, false, static_cast<float>((0.5 + rng.Uniform()) / 64));
+        SetScale(t, h, true, static_cast<float>((0.5 + rng.Uniform()) / 64));
       }
     }
   }
 
  private:
-  int64_t PageBase(int64_t token) const {
-    return pages_[static_cast<size_t>(token / layout_.page_size)] *
-           static_cast<int64_t>(layout_.page_bytes() / DTypeBytes(layout_.dtype));
+  int64_t HeadBase(int64_t token, int64_t head) const {
+    const auto page_elements = static_cast<int64_t>(layout_.page_bytes() / DTypeBytes(layout_.dtype));
+    return pages_[static_cast<size_t>(token / layout_.page_size)] * page_elements +
+           page_elements / layout_.num_kv_heads * head;
   }
 
   KvLayout layout_;
@@ -272,7 +313,9 @@ struct AttentionCase {
   int64_t len, q_len;  // the last q_len of len tokens are queries
   int32_t window = 0;
   float softcap = 0.0f;
+  bool int8 = false;
 
+  DType kv_dtype() const { return int8 ? DType::kI8 : act; }
   int32_t num_q_heads() const { return group * num_kv_heads; }
   int64_t width() const { return int64_t{num_q_heads()} * head_dim; }
 };
@@ -287,9 +330,10 @@ inline Buffer Queries(const AttentionCase& c, uint64_t seed) {
   return q;
 }
 
-// Rows [begin, end) of the case's queries, all kv heads, into out.
+// Rows [begin, end) of the case's queries, all kv heads, into out. cuts: absolute positions, multiples of
+// kAttentionChunk, at which the keys are split among calls, last part first; empty = one call.
 inline void RunAttention(Isa isa, const AttentionCase& c, KvSequence& kv, const Buffer& q, Buffer& out, int64_t begin,
-                         int64_t end) {
+                         int64_t end, const std::vector<int64_t>& cuts = {}) {
   std::vector<uint8_t> scratch(AttentionScratchBytes(c.group, c.head_dim) + 128, 0xff);
   std::fill(scratch.end() - 128, scratch.end(), uint8_t{0xcd});
   for (int32_t head = 0; head < c.num_kv_heads; ++head) {
@@ -309,7 +353,28 @@ inline void RunAttention(Isa isa, const AttentionCase& c, KvSequence& kv, const 
     args.scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
     args.softcap = c.softcap;
     args.scratch = scratch.data();
+    if (cuts.empty()) {
+      Kernels(isa).attention(c.act, args);
+      continue;
+    }
+    const int64_t first_key = c.window > 0 ? std::max<int64_t>(0, args.first_position + 1 - c.window) : 0;
+    args.first_chunk = first_key / kAttentionChunk;
+    const int64_t end_chunk = (args.first_position + args.q_len + kAttentionChunk - 1) / kAttentionChunk;
+    args.num_chunks = end_chunk - args.first_chunk;
+    Buffer partial(DType::kF32, args.q_len * c.group * args.num_chunks *
+                                    static_cast<int64_t>(AttentionPartialFloats(c.head_dim)));
+    args.partial = partial.f32();
+    args.chunk_end = end_chunk;
+    for (auto cut = cuts.rbegin(); cut != cuts.rend(); ++cut) {
+      args.chunk_begin = std::clamp(*cut / kAttentionChunk, args.first_chunk, args.chunk_end);
+      Kernels(isa).attention(c.act, args);
+      args.chunk_end = args.chunk_begin;
+    }
+    args.chunk_begin = args.first_chunk;
     Kernels(isa).attention(c.act, args);
+    std::fill(scratch.begin(), scratch.end() - 128, uint8_t{0xff});
+    Kernels(isa).attention_merge(c.act, args);
+    ASSERT_TRUE(partial.GuardsIntact()) << "partial results overrun";
   }
   ASSERT_TRUE(std::all_of(scratch.end() - 128, scratch.end(), [](uint8_t b) { return b == 0xcd; }))
       << "scratch overrun";

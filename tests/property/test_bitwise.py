@@ -1,9 +1,9 @@
 """A request's KV bytes and logits are the same bits whatever happens around it (DESIGN 5, "Determinism").
 
-For each ISA level this machine has, in fp32 and bf16: alone = among 64 batch mates = after a cache hit = in chunks
-of 1, 7 and 64 = after retraction = with 1 or 2 threads = with any page size, for a model with grouped queries and
-QK-norm and for one with a sliding window shorter than the prompt. `tests/mutations.py` breaks each property on
-purpose and expects this file to notice.
+For each ISA level this machine has, in fp32 and bf16, with KV so and in int8: alone = among 64 batch mates = after a
+cache hit = in chunks of 1, 7 and 64 = after retraction = with 1 or 2 threads = with any page size, for a model with
+grouped queries and QK-norm and for one with a sliding window shorter than the prompt. `tests/mutations.py` breaks each
+property on purpose and expects this file to notice.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Bits:
 class Rig:
     """The loop's calls made by hand, one step at a time, so that a scenario decides what shares a step."""
 
-    def __init__(self, model_dir: str, *, dtype: str, isa: str, threads: int, page_size: int = 16) -> None:
+    def __init__(self, model_dir: str, *, dtype: str, kv: str, isa: str, threads: int, page_size: int = 16) -> None:
         config = EngineConfig.from_kwargs(
             model_dir, load_format="dummy", dtype=dtype, skip_tokenizer_init=True, cpu_isa=isa, num_threads=threads,
-            page_size=page_size, max_total_tokens=16384, max_running_requests=80, chunked_prefill_size=2048,
+            page_size=page_size, kv_cache_dtype=kv, max_total_tokens=16384, max_running_requests=80, chunked_prefill_size=2048,
         )  # fmt: skip
         self.model = load(config)
         self.cache = _core.CacheManager(self.model.groups, self.model.num_pages)
@@ -185,9 +185,9 @@ def _assert_same(got: Bits, want: Bits) -> None:
 
 
 @functools.cache
-def _alone(model_dir: str, dtype: str, isa: str) -> Bits:
+def _alone(model_dir: str, dtype: str, kv: str, isa: str) -> Bits:
     """The reference: the request alone, prompt in one chunk, one thread, page size 16."""
-    rig = Rig(model_dir, dtype=dtype, isa=isa, threads=1)
+    rig = Rig(model_dir, dtype=dtype, kv=kv, isa=isa, threads=1)
     try:
         bits = rig.generate(_prompt(), seed=5)
         rig.cache.flush()
@@ -210,11 +210,12 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("isa", _core.isa_levels())
+@pytest.mark.parametrize("kv", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bits_do_not_depend_on_company(model_dir: str, dtype: str, isa: str) -> None:
-    want = _alone(model_dir, dtype, isa)
+def test_bits_do_not_depend_on_company(model_dir: str, dtype: str, kv: str, isa: str) -> None:
+    want = _alone(model_dir, dtype, kv, isa)
     for threads in (1, 2):
-        rig = Rig(model_dir, dtype=dtype, isa=isa, threads=threads)
+        rig = Rig(model_dir, dtype=dtype, kv=kv, isa=isa, threads=threads)
         try:
             for chunk in (10**6, 64, 7, 1):
                 _assert_same(rig.generate(_prompt(), seed=5, chunk=chunk), want)  # the second onwards hit the cache
@@ -233,12 +234,13 @@ def test_bits_do_not_depend_on_company(model_dir: str, dtype: str, isa: str) -> 
             rig.close()
 
 
+@pytest.mark.parametrize("kv", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("page_size", [32, 64])
-def test_bits_do_not_depend_on_page_size(model_dir: str, dtype: str, page_size: int) -> None:
+def test_bits_do_not_depend_on_page_size(model_dir: str, dtype: str, kv: str, page_size: int) -> None:
     isa = _core.best_isa()
-    want = _alone(model_dir, dtype, isa)
-    rig = Rig(model_dir, dtype=dtype, isa=isa, threads=2, page_size=page_size)
+    want = _alone(model_dir, dtype, kv, isa)
+    rig = Rig(model_dir, dtype=dtype, kv=kv, isa=isa, threads=2, page_size=page_size)
     try:
         for chunk in (10**6, 7):
             _assert_same(rig.generate(_prompt(), seed=5, chunk=chunk), want)

@@ -110,6 +110,7 @@ def test_every_field_is_a_flag_and_arrives(engine: type[FakeEngine]) -> None:
         "--max-total-tokens": "none",
         "--mem-fraction-static": "0.25",
         "--page-size": "32",
+        "--kv-cache-dtype": "int8",
         "--prefix-cache": "flat",
         "--max-running-requests": "3",
         "--max-queued-requests": "0",

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sapwood.errors import InternalError
+from sapwood.config import EngineConfig
+from sapwood.errors import InternalError, InvalidRequest
 from sapwood.layers.rotary import RopeConfig
 from sapwood.models.config import DecoderConfig
 from sapwood.models.decoder import record_decoder
@@ -273,14 +274,31 @@ def test_groups_count_padded_bytes() -> None:
     ]
     # K and V, 32 tokens, 2 heads of 6 padded to 16, 2 bytes
     assert [g.page_bytes for g in groups] == [2 * 2 * 32 * 2 * 16 * 2, 2 * 32 * 2 * 16 * 2]
-    from sapwood.errors import InvalidRequest
-
+    # int8: 1 byte, and a float32 for each token's head of K and of V
+    groups = native.kv_groups(record_decoder(tiny(layer_windows=(0, 16, 0)), "bfloat16", 64), 32, int8_kv=True)
+    assert [g.page_bytes for g in groups] == [2 * 2 * 32 * 2 * (16 + 4), 2 * 32 * 2 * (16 + 4)]
     with pytest.raises(InvalidRequest, match="page_size must be 16, 32 or 64"):
         native.kv_groups(record(), 8)
 
 
+@pytest.mark.parametrize(("act", "asked", "int8"), [
+    ("float32", "auto", False), ("bfloat16", "auto", False), ("float32", "float32", False),
+    ("bfloat16", "bfloat16", False), ("float32", "int8", True), ("bfloat16", "int8", True),
+])  # fmt: skip
+def test_kv_cache_dtype(act: str, asked: str, int8: bool) -> None:
+    program = record_decoder(tiny(), act, 64)
+    assert native.has_int8_kv(program, EngineConfig.from_kwargs("m", kv_cache_dtype=asked)) is int8
+
+
+@pytest.mark.parametrize(("act", "asked"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_kv_cache_dtype_is_the_models_or_int8(act: str, asked: str) -> None:
+    config = EngineConfig.from_kwargs("m", kv_cache_dtype=asked)
+    with pytest.raises(InvalidRequest, match=f"int8 or the model's dtype {act}, got {asked}") as caught:
+        native.has_int8_kv(record_decoder(tiny(), act, 64), config)
+    assert caught.value.param == "kv_cache_dtype"
+
+
 def test_cuda_executor_says_it_is_not_there() -> None:
-    from sapwood.errors import InvalidRequest
     from sapwood.program import cuda
 
     with pytest.raises(InvalidRequest, match="'cuda' is not in this version"):

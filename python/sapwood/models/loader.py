@@ -130,7 +130,7 @@ def _start(
     """
     match config.device:
         case "cpu":
-            groups = native.kv_groups(program, config.page_size)
+            groups = native.kv_groups(program, config.page_size, int8_kv=native.has_int8_kv(program, config))
             isa = native.resolve_isa(config)  # a wrong level is cheaper to hear of before gigabytes are read
             store = _core.WeightStore(program.act, len(program.slots), isa)
             num_threads = config.num_threads or 0
@@ -165,7 +165,11 @@ def _start(
             _require_room(sum(4 * math.prod(slot.shape) for slot in program.slots), program)
             num_pages = size_pool(config, groups, context_len=context_len)
             runner = reference.ReferenceModel(
-                program, lambda slot: slot_array(slot, checkpoint, program.act), num_pages, config.page_size
+                program,
+                lambda slot: slot_array(slot, checkpoint, program.act),
+                num_pages,
+                config.page_size,
+                int8_kv=native.has_int8_kv(program, config),
             )
             rows = _core.RowTable(groups, config.max_running_requests)
             return (

@@ -46,12 +46,29 @@ def value_dtype(program: Program, value: Value) -> str:
     return program.act if value.dtype == "act" else value.dtype
 
 
-def kv_groups(program: Program, page_size: int) -> list[_core.KvGroup]:
-    """The program's groups with the bytes of one page over all layers of the group, K and V, padding included."""
+def has_int8_kv(program: Program, config: EngineConfig) -> bool:
+    """Whether KV pages hold int8 rather than what the program computes in. InvalidRequest for a third dtype."""
+    wanted: str = config.kv_cache_dtype
+    if wanted not in ("auto", "int8", program.act):
+        raise InvalidRequest(
+            f"kv_cache_dtype must be auto, int8 or the model's dtype {program.act}, got {wanted}; set dtype as well",
+            "kv_cache_dtype",
+        )
+    return wanted == "int8"
+
+
+def kv_groups(program: Program, page_size: int, *, int8_kv: bool = False) -> list[_core.KvGroup]:
+    """The program's groups with the bytes of one page over all layers of the group, K and V, padding and int8's scales
+    included.
+    """
     if page_size not in PAGE_SIZES:
         raise InvalidRequest(f"page_size must be 16, 32 or 64 on device 'cpu', got {page_size}", "page_size")
     padded_dim = -(-program.head_dim // DIM_MULTIPLE) * DIM_MULTIPLE
-    layer_bytes = 2 * page_size * program.num_kv_heads * padded_dim * (4 if program.act == "float32" else 2)
+    if int8_kv:
+        token_bytes = padded_dim + 4
+    else:
+        token_bytes = padded_dim * (4 if program.act == "float32" else 2)
+    layer_bytes = 2 * page_size * program.num_kv_heads * token_bytes
     return [
         _core.KvGroup(
             group.kind,
@@ -131,6 +148,7 @@ def make_runner(
         num_threads=config.num_threads or 0,
         nice=COMPUTE_NICE,
         isa=resolve_isa(config),
+        int8_kv=has_int8_kv(program, config),
         debug=debug,
     )
 

@@ -102,10 +102,15 @@ class ReferenceModel:
         page_size: int,
         *,
         dtype: torch.dtype = torch.float32,
+        int8_kv: bool = False,
     ) -> None:
-        """weight: a slot's values by name of parts, float32 (models/weights.py: slot_array)."""
+        """weight: a slot's values by name of parts, float32 (models/weights.py: slot_array).
+
+        int8_kv   K and V are what int8 with a scale per token and head can say of them
+        """
         self.program = program
         self.dtype = dtype
+        self.int8_kv = int8_kv
         self.page_size = page_size
         self._weights = [torch.from_numpy(np.array(weight(slot))).to(dtype) for slot in program.slots]
         shape = (2, program.num_kv_heads, program.head_dim)
@@ -205,6 +210,8 @@ class ReferenceModel:
             modes[begin : begin + length] = mode
         rows = torch.as_tensor(modes * (cos.shape[0] // int(p["num_rope_modes"])) + np.asarray(batch.positions))
         q, k = (_rotate(t, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1), int(p["rotary_dim"])) for t in (q, k))
+        if self.int8_kv:
+            k, v = _as_int8(k), _as_int8(v)
         slots = torch.as_tensor(batch.slots[int(p["kv_group"])], dtype=torch.long)
         self._kv[int(p["kv_group"])][int(p["layer_in_group"]), slots] = torch.stack([k, v], dim=1)
         return q.reshape(len(batch.tokens), -1)
@@ -254,6 +261,14 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: i
     """
     a, b, rest = x.split([rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def _as_int8(x: torch.Tensor) -> torch.Tensor:
+    """[T, heads, dim]: each head's numbers as whole multiples of 1/127 of its largest, nearest even; NaN where one is
+    not finite.
+    """
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale > 0, torch.round(x / scale) * scale, scale)
 
 
 # --- comparison
