@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import functools
 import gc
@@ -90,6 +91,52 @@ async def run_load(
             generation.arrival_time = time.perf_counter()
             tasks.create_task(one(generation))
     return time.perf_counter() - begin
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What came of a load.
+
+    ended          the generations that came to an end
+    duration       seconds, first send to last end
+    client_cpu_s   CPU seconds of this process meanwhile
+    interrupted    it was cancelled before all had ended
+    server_before, server_after    the server's CPU, where its processes were given
+    """
+
+    ended: list[generations.Generation]
+    duration: float
+    client_cpu_s: float
+    interrupted: bool = False
+    server_before: server_cpu.Snapshot | None = None
+    server_after: server_cpu.Snapshot | None = None
+
+
+async def measure_load(
+    todo: Sequence[tuple[float, generations.Generation]],
+    client: Client,
+    model: str,
+    fields: Mapping[str, Any],
+    max_concurrency: int | None,
+    server_pids: Sequence[int] | None = None,
+    ended: Callable[[], None] = lambda: None,
+) -> Load:
+    """run_load, with what it cost. Cancelled, it returns what there is so far and says so."""
+    gc.collect()
+    gc.freeze()  # what is here is here to stay: no collection walks it during the run
+    interrupted = False
+    before = server_cpu.snapshot(server_pids) if server_pids else None
+    cpu, begin = time.process_time(), time.perf_counter()
+    try:
+        duration = await run_load(todo, client, model, fields, max_concurrency, ended)
+    except asyncio.CancelledError:  # Ctrl-C: asyncio.Runner cancels the main task
+        interrupted = True
+        duration = time.perf_counter() - begin
+    cpu = time.process_time() - cpu
+    after = server_cpu.snapshot(server_pids) if server_pids else None
+    gc.unfreeze()
+    done = [generation for _, generation in todo if generation.ended]
+    return Load(done, duration, cpu, interrupted, before, after)
 
 
 async def wait_ready(client: Client, timeout_s: float) -> bytes:
@@ -251,27 +298,16 @@ async def _serve_load(args: argparse.Namespace, client: Client) -> tuple[dict[st
     else:
         times = arrival_times(len(requests), args.request_rate, args.burstiness, np.random.default_rng((args.seed, 2)))
     todo = [(at, backend(request)) for at, request in zip(times, requests, strict=True)]
-    gc.collect()
-    gc.freeze()  # what is here is here to stay: no collection walks it during the run
-    interrupted = False
     with progress(len(todo), sys.stderr.isatty() and not args.disable_tqdm) as ended:
-        before = server_cpu.snapshot(args.server_pid) if args.server_pid else None
-        cpu, begin = time.process_time(), time.perf_counter()
-        try:
-            duration = await run_load(todo, client, model, fields, args.max_concurrency, ended)
-        except asyncio.CancelledError:  # Ctrl-C: asyncio.Runner cancels the main task
-            interrupted = True
-            duration = time.perf_counter() - begin
-        cpu = time.process_time() - cpu
-        after = server_cpu.snapshot(args.server_pid) if args.server_pid else None
-    gc.unfreeze()
+        load = await measure_load(todo, client, model, fields, args.max_concurrency, args.server_pid, ended)
 
     count = (lambda text: len(tokenizer.encode(text, add_special_tokens=False))) if tokenizer is not None else None
     summary = serving_metrics.summarize(
-        [generation for _, generation in todo if generation.ended], duration, goodput=args.goodput,
-        metrics=args.percentile_metrics, percentiles=args.metric_percentiles, count_tokens=count,
+        load.ended, load.duration, goodput=args.goodput, metrics=args.percentile_metrics,
+        percentiles=args.metric_percentiles, count_tokens=count,
     )  # fmt: skip
     num_tokens = summary["total_output_tokens"]
+    before, after = load.server_before, load.server_after
     result = {
         "date": datetime.datetime.now().strftime("%Y%m%d-%H%M%S"),
         "endpoint_type": args.backend,
@@ -286,12 +322,12 @@ async def _serve_load(args: argparse.Namespace, client: Client) -> tuple[dict[st
         "request_rate": args.request_rate if math.isfinite(args.request_rate) else "inf",
         "burstiness": args.burstiness if math.isfinite(args.burstiness) else "inf",
         "max_concurrency": args.max_concurrency,
-        "interrupted": interrupted,
+        "interrupted": load.interrupted,
         **summary,
-        "client_cpu_us_per_token": 1e6 * cpu / num_tokens if num_tokens else None,
-        "server_cpu": server_cpu.used(before, after, duration, num_tokens) if before and after else None,
+        "client_cpu_us_per_token": 1e6 * load.client_cpu_s / num_tokens if num_tokens else None,
+        "server_cpu": server_cpu.used(before, after, load.duration, num_tokens) if before and after else None,
     }
-    return result, interrupted
+    return result, load.interrupted
 
 
 # --- report

@@ -245,8 +245,8 @@ inline constexpr int kMaxRowsInt8 = 3;
 inline constexpr int kMaxRowsInt4 = 3;  // nibbles taken apart in registers
 inline constexpr int ColsForInt8(int) { return 1; }
 // Of attention: many rows x few columns of a widened tile, which then stay in L1; few rows x many of the pages.
-inline constexpr int kTallRows = 6, kTallCols = 1;
-inline constexpr int kFewRows = 6;
-inline constexpr int ColsForFewRows(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+inline constexpr int kTallRows = 5, kTallCols = 1;
+inline constexpr int kFewRows = 4;
+inline constexpr int ColsForFewRows(int rows) { return rows == 1 ? 2 : 1; }
 
 }  // namespace sapwood::SAPWOOD_LEVEL

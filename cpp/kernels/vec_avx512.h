@@ -217,7 +217,7 @@ inline constexpr int kMaxRowsInt8 = 6;
 inline constexpr int kMaxRowsInt4 = 4;  // nibbles taken apart in registers
 inline constexpr int ColsForInt8(int) { return 4; }
 // Of attention: many rows x few columns of a widened tile, which then stay in L1; few rows x many of the pages.
-inline constexpr int kTallRows = 6, kTallCols = 4;
+inline constexpr int kTallRows = 5, kTallCols = 4;
 inline constexpr int kFewRows = 8;
 inline constexpr int ColsForFewRows(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 4 : 2; }
 

@@ -66,7 +66,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
       load_format            "auto" or "dummy" (random weights from config.json alone)
       dtype                  "auto" (the checkpoint's; fp16 becomes bfloat16), "float32" or "bfloat16"
       quantization           "int8" or "int4": quantise the weights while loading, to 8.5 or 4.5 bits each
-      quantize_lm_head       quantise the LM head too (to int8 in both cases)
+      skip_lm_head_quantization  quantise all but the LM head, which otherwise becomes int8 in both cases
       context_length         tokens a request may have in all; None = the model's
       device                 "cpu" (native), "reference" (torch, node by node: the oracle), "cuda"
     Memory
@@ -100,7 +100,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Literal["int8", "int4"] | None = None
-    quantize_lm_head: bool = True
+    skip_lm_head_quantization: bool = False
     context_length: int | None = None
     device: Literal["cpu", "reference", "cuda"] = "cpu"
 

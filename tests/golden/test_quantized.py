@@ -52,7 +52,7 @@ def test_near_the_model_as_it_was(built: Built, quantization: str, bound: float)
 
 
 def test_head_left_as_it_is(built: Built) -> None:
-    with Driver(built.f32_dir, dtype="float32", quantization="int4", quantize_lm_head=False) as driver:
+    with Driver(built.f32_dir, dtype="float32", quantization="int4", skip_lm_head_quantization=True) as driver:
         program = driver.model.program
     head = program.node("head.lm_head")
     assert head.weights[0] is not None and head.weights[0].format == "act"

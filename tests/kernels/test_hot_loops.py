@@ -171,8 +171,10 @@ def carries_sums(inside: list[Instruction]) -> bool:
 
 
 def hot_loops(name: str, body: list[Instruction]) -> Iterator[HotLoop]:
-    """The innermost loops of a function that add at least FEWEST products to sums."""
-    if sum(MULTIPLY.match(i.mnemonic) is not None for i in body) < FEWEST:
+    """The innermost loops of a function that add at least FEWEST products to sums. RopeKv adds nothing up, but hands
+    its lanes on through an array on the stack.
+    """
+    if "RopeKv" in name or sum(MULTIPLY.match(i.mnemonic) is not None for i in body) < FEWEST:
         return
     blocks, successors = basic_blocks(body)
     loops = natural_loops(successors)
@@ -189,7 +191,8 @@ def hot_loops(name: str, body: list[Instruction]) -> Iterator[HotLoop]:
             multiplies[kind] = multiplies.get(kind, 0) + 1
         vectors = [i for i in inside if VECTOR.search(i.operands)]
         on_stack = [i for i in vectors if (place := STACK.search(i.operands)) and place[2] in bases]
-        if sum(multiplies.values()) >= FEWEST and carries_sums(vectors):
+        # Integer sums begin anew with each block of 32, and join the float sums in memory.
+        if sum(multiplies.values()) >= FEWEST and ("vpdpbusd" in multiplies or carries_sums(vectors)):
             spills = tuple(f"{i.address:x}: {i.mnemonic} {i.operands}" for i in on_stack)
             yield HotLoop(name, blocks[head][0].address, multiplies, spills)
 

@@ -56,7 +56,8 @@ class Rig:
     def __init__(self, model_dir: str, *, dtype: str, kv: str, isa: str, threads: int, page_size: int = 16) -> None:
         config = EngineConfig.from_kwargs(
             model_dir, load_format="dummy", dtype=dtype, skip_tokenizer_init=True, cpu_isa=isa, num_threads=threads,
-            page_size=page_size, kv_cache_dtype=kv, max_total_tokens=16384, max_running_requests=80, chunked_prefill_size=2048,
+            page_size=page_size, kv_cache_dtype=kv, max_total_tokens=16384, max_running_requests=80,
+            chunked_prefill_size=2048,
         )  # fmt: skip
         self.model = load(config)
         self.cache = _core.CacheManager(self.model.groups, self.model.num_pages)

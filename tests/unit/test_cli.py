@@ -105,6 +105,7 @@ def test_every_field_is_a_flag_and_arrives(engine: type[FakeEngine]) -> None:
         "--tokenizer": "t",
         "--load-format": "dummy",
         "--dtype": "bfloat16",
+        "--quantization": "int4",
         "--context-length": "64",
         "--device": "reference",
         "--max-total-tokens": "none",
@@ -136,6 +137,7 @@ def test_every_field_is_a_flag_and_arrives(engine: type[FakeEngine]) -> None:
         "--no-skip-special-tokens",
         "--disable-radix-cache",
         "--disable-overlap-schedule",
+        "--skip-lm-head-quantization",
     ]
     assert cli.main(["generate", "m", "x", *arguments]) == 0
     params, settings = engine.made[0].asked[0][1], engine.made[0].settings

@@ -174,7 +174,7 @@ def test_advice_names_only_flags_that_exist() -> None:
         (["--log-requests=yes"], "--log-requests takes no value"),
         (["-tp", "2"], "sapwood has no -tp: one server uses one device"),
         (["-hf", "org/model"], "sapwood has no -hf: name the model as the argument"),  # not -h
-        (["--cache-type-k", "q8_0"], "sapwood has no --cache-type-k: weights and KV cache have --dtype"),
+        (["--cache-type-k", "q8_0"], "sapwood has no --cache-type-k: --kv-cache-dtype int8 halves the KV cache"),
     ],
 )
 def test_usage_errors(

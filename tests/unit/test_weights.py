@@ -269,7 +269,11 @@ class RecordingStore:
         self.filled: dict[int, tuple[str, np.ndarray | None, float]] = {}
         self.order: list[int] = []
 
-    def fill(self, slot: int, kind: str, parts: list[Any], *, dummy_scale: float = 0.0, num_threads: int = 0) -> None:
+    def fill(
+        self, slot: int, kind: str, parts: list[Any], *, dummy_scale: float = 0.0, num_threads: int = 0,
+        format: str = "act",
+    ) -> None:  # fmt: skip
+        assert format == "act"
         arrays = []
         for address, dtype, rows, cols, stride in parts:
             assert stride == cols

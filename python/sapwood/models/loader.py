@@ -223,7 +223,7 @@ def _context_len(config: EngineConfig, of_model: int) -> int:
 
 
 def _head_format(config: EngineConfig) -> WeightFormat:
-    return HEAD_FORMAT[config.quantization] if config.quantization and config.quantize_lm_head else "act"
+    return HEAD_FORMAT[config.quantization] if config.quantization and not config.skip_lm_head_quantization else "act"
 
 
 def _cache_salt(model_dir: Path, checkpoint: Checkpoint | None, act: ActDType, config: EngineConfig) -> int:
