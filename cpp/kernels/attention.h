@@ -170,7 +170,6 @@ void LocateTile(const AttentionArgs& args, AttentionBlock<A, Kv>& block, int64_t
 // The tile after this one, of which tokens up to end are wanted.
 template <typename A, typename Kv>
 void LocateAhead(const AttentionArgs& args, AttentionBlock<A, Kv>& block, int64_t end) {
-  constexpr int64_t kLine = 64;
   const HeadInPage<Kv> head(args.layout, args.kv_head);
   const int64_t t0 = block.t0 + kTile;
   ForTileVectors(args, head, t0, t0, end, [&](int i, const char* place, int64_t offset) __attribute__((always_inline)) {

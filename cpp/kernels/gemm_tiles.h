@@ -2,8 +2,8 @@
 // a few rows with one panel of it. c[rows][64] holds the accumulators between slices.
 //
 // Where the level has no bf16 dot, bf16 is widened to f32 (exact, so the bits are those of any other order of the same
-// chain): the rows always, the panel once it serves more rows than one register tile. int4 is treated alike: nibbles
-// are taken apart in registers for one tile, once into int8 bytes for several.
+// chain): the rows once a slice, the panel in the tile's registers, or once a slice where there are too few of them.
+// int4 nibbles are taken apart in registers for one tile, once into int8 bytes for several.
 #pragma once
 
 #include "kernels/micro.h"
@@ -58,10 +58,10 @@ SAPWOOD_TILE void DenseTile(const T* a, int64_t lda, const T* w, int64_t k, bool
     }
     const int64_t num_steps = k / Op::kStep;
     const int64_t fetching = j == 0 ? Min64(num_steps, ahead.num_lines) : 0;
-    MacStepsWith<T, R, C>(acc, rows, columns, kPanel * Op::kStep, 0, fetching, [&](int64_t s) __attribute__((always_inline)) {
+    MacSteps<T, R, C>(acc, rows, columns, kPanel * Op::kStep, 0, fetching, [&](int64_t s) __attribute__((always_inline)) {
       __builtin_prefetch(ahead.at + s * kLine, 0, 2);
     });
-    MacStepsWith<T, R, C>(acc, rows, columns, kPanel * Op::kStep, fetching, num_steps, [](int64_t) {});
+    MacSteps<T, R, C>(acc, rows, columns, kPanel * Op::kStep, fetching, num_steps, [](int64_t) {});
     MacOddElement<T, R, C>(acc, rows, columns, kPanel * Op::kStep, k);
     StoreAcc(acc, c + j * kLanes, kPanel);
   }
@@ -230,7 +230,7 @@ SAPWOOD_TILE void GroupTile(const Q8Block* a, int64_t lda, const uint8_t* w, int
       Unroll<kNibbles ? kFours / 2 : kFours>([&](auto s) __attribute__((always_inline)) {
         if (s.value < lines_per_group) __builtin_prefetch(fetch + s.value * kLine, 0, 2);
         if constexpr (R <= kFew) {
-          if (ahead.num_lines == 0) {
+          if (ahead.num_lines == 0) {  // few rows in all: the panel itself is what to fetch
             Unroll<C>([&](auto i) __attribute__((always_inline)) {
               __builtin_prefetch(group + s.value * kRun + (j + i.value) * 4 * kLanes + kStreamAhead, 0, 3);
             });
@@ -301,6 +301,7 @@ struct IntFormat {
   }
 
  private:
+  // Not kernels.h's: see level.h about linkage.
   static SAPWOOD_INLINE int64_t Q8BlocksOf(int64_t k) { return (k + kQ8Block - 1) / kQ8Block; }
 
   // (nibble - 8) as an int8 weight is the byte nibble - 8 + 128.

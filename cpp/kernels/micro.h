@@ -46,7 +46,7 @@ struct Acc {
 // Steps [begin, end). a[r]: row r at step 0. b[c]: column c at step 0; b_stride elements from one step to the next.
 // before(s) comes before each step: a place for prefetches.
 template <typename T, int R, int C, typename Before>
-SAPWOOD_INLINE void MacStepsWith(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
+SAPWOOD_INLINE void MacSteps(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
                                  int64_t begin, int64_t end, Before&& before) {
   using Op = Operand<T>;
   for (int64_t s = begin; s < end; ++s) {
@@ -60,18 +60,6 @@ SAPWOOD_INLINE void MacStepsWith(Acc<R, C>& acc, const T* const (&a)[R], const T
       });
     });
   }
-}
-
-// ahead: null, or C columns like b that will be read next and are prefetched meanwhile, line by line: in a burst
-// they would only queue behind each other.
-template <typename T, int R, int C>
-SAPWOOD_INLINE void MacSteps(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
-                             int64_t num_steps, const T* const* ahead = nullptr) {
-  MacStepsWith<T, R, C>(acc, a, b, b_stride, 0, num_steps, [&](int64_t s) __attribute__((always_inline)) {
-    if (!ahead) return;
-    Unroll<C>([&](auto c)
-                  __attribute__((always_inline)) { __builtin_prefetch(ahead[c.value] + s * b_stride, 0, 2); });
-  });
 }
 
 // Of k elements the one that the steps leave: an odd K of bf16 ends in half a pair.
@@ -88,14 +76,6 @@ SAPWOOD_INLINE void MacOddElement(Acc<R, C>& acc, const T* const (&a)[R], const 
       });
     });
   }
-}
-
-// As MacSteps over k elements.
-template <typename T, int R, int C>
-SAPWOOD_INLINE void MacElements(Acc<R, C>& acc, const T* const (&a)[R], const T* const (&b)[C], int64_t b_stride,
-                                int64_t k, const T* const* ahead = nullptr) {
-  MacSteps<T, R, C>(acc, a, b, b_stride, k / Operand<T>::kStep, ahead);
-  MacOddElement<T, R, C>(acc, a, b, b_stride, k);
 }
 
 // c points at R rows of accumulators, c_stride floats apart.
@@ -122,18 +102,8 @@ SAPWOOD_INLINE void StoreAcc(const Acc<R, C>& acc, float* c, int64_t c_stride) {
   });
 }
 
-// f(Int<R>{}, first_row) for blocks of up to MaxRows rows that cover [0, num_rows).
-template <int MaxRows, typename F>
-SAPWOOD_INLINE void ForRowBlocks(int64_t num_rows, F&& f) {
-  int64_t row = 0;
-  for (; row + MaxRows <= num_rows; row += MaxRows) f(Int<MaxRows>{}, row);
-  const int64_t rest = num_rows - row;
-  Unroll<MaxRows - 1>([&](auto i) __attribute__((always_inline)) {
-    if (rest == i.value + 1) f(Int<i.value + 1>{}, row);
-  });
-}
-
-// As ForRowBlocks, in the fewest blocks, as even as can be: a block of one row would leave the multipliers waiting.
+// f(Int<R>{}, first_row) for the fewest blocks of up to MaxRows rows that cover [0, num_rows), as even as can be: a block
+// of one row would leave the multipliers waiting.
 template <int MaxRows, typename F>
 SAPWOOD_INLINE void ForEvenRowBlocks(int64_t num_rows, F&& f) {
   const int64_t num_blocks = (num_rows + MaxRows - 1) / MaxRows;

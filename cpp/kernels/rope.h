@@ -64,9 +64,9 @@ SAPWOOD_INLINE float QuantizeHead(float* x, int64_t padded_dim) {
   }
   const float amax = ReduceMax(max);
   const bool bad = AnyNan(nan), tiny = amax < kMinKvAmax;
-  const V16 inverse = Set1(127.0f / amax), magic = Set1(12582912.0f);  // 1.5 * 2^23: adding it rounds
+  const V16 inverse = Set1(127.0f / amax);
   for (int64_t d = 0; d < padded_dim; d += kLanes) {
-    Store(x + d, bad || tiny ? Zero() : Sub(Add(Mul(Load(x + d), inverse), magic), magic));
+    Store(x + d, bad || tiny ? Zero() : RoundToInt(Mul(Load(x + d), inverse)));
   }
   return bad ? __builtin_nanf("") : tiny ? 0.0f : amax / 127.0f;
 }
@@ -85,9 +85,9 @@ SAPWOOD_INLINE void StoreToken(const RopeKvArgs& args, int64_t kv_head, float* k
     scales[page_size] = QuantizeHead(v, padded_dim);
     for (int64_t d = 0; d < padded_dim; d += kLanes) {
       int8_t lanes[kLanes];
-      NarrowToInt8(lanes, Load(k + d));
+      StoreInt8(lanes, Load(k + d));
       for (int i = 0; i < kLanes; ++i) k_block[(d + i) * page_size + args.offset] = lanes[i];
-      NarrowToInt8(v_block + args.offset * padded_dim + d, Load(v + d));
+      StoreInt8(v_block + args.offset * padded_dim + d, Load(v + d));
     }
   } else {
     StoreK(k_block, page_size, args.offset, k, padded_dim);

@@ -86,16 +86,10 @@ SAPWOOD_INLINE void StoreEverySecond(Bf16* p, V16 x) {
   for (int i = 0; i < kLanes; ++i) p[2 * i] = lanes[i];
 }
 
-// int8, widened exactly; narrowed from whole numbers in -127..127.
+// int8, widened exactly.
 SAPWOOD_INLINE V16 WidenInt8(const int8_t* p) {
   const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
-}
-SAPWOOD_INLINE void NarrowToInt8(int8_t* p, V16 x) {
-  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi));
-  const __m256i in_order = _mm256_permute4x64_epi64(words, 0xd8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
 }
 
 SAPWOOD_INLINE V16 Add(V16 a, V16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }

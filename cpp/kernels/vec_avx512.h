@@ -69,12 +69,9 @@ SAPWOOD_INLINE void StoreEverySecond(Bf16* p, V16 x) {
   _mm512_mask_storeu_epi16(p, 0x55555555u, _mm512_cvtepu16_epi32(ToBf16(x)));
 }
 
-// int8, widened exactly; narrowed from whole numbers in -127..127.
+// int8, widened exactly.
 SAPWOOD_INLINE V16 WidenInt8(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
-SAPWOOD_INLINE void NarrowToInt8(int8_t* p, V16 x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
 
 SAPWOOD_INLINE V16 Add(V16 a, V16 b) { return {_mm512_add_ps(a.v, b.v)}; }

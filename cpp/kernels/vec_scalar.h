@@ -71,16 +71,11 @@ SAPWOOD_INLINE void StoreEverySecond(Bf16* p, V16 x) {
   for (int i = 0; i < kLanes; ++i) p[2 * i] = lanes[i];
 }
 
-// int8, widened exactly; narrowed from whole numbers in -127..127.
+// int8, widened exactly.
 SAPWOOD_INLINE V16 WidenInt8(const int8_t* p) {
   float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(p[i]);
   return Load(lanes);
-}
-SAPWOOD_INLINE void NarrowToInt8(int8_t* p, V16 x) {
-  float lanes[kLanes];
-  Store(lanes, x);
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(lanes[i]);
 }
 
 SAPWOOD_INLINE V16 Add(V16 a, V16 b) {
