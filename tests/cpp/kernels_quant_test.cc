@@ -332,7 +332,9 @@ double Q4_0Error(const Buffer& rows, int64_t first) {
     const auto x = static_cast<float>(rows.Get(i));
     if (std::abs(x) > std::abs(extreme)) extreme = x;
   }
-  const float scale = extreme / -8.0f, inverse = scale != 0 ? 1.0f / scale : 0.0f;
+  const float scale = extreme / -8.0f;
+  // 1 / a subnormal is infinite, and no integer is: such a block is all zeros, as its scale is in f16.
+  const float inverse = std::isnormal(scale) ? 1.0f / scale : 0.0f;
   double error = 0;
   for (int64_t i = first; i < first + kQ8Block; ++i) {
     const auto x = static_cast<float>(rows.Get(i));
