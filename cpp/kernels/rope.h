@@ -95,11 +95,26 @@ SAPWOOD_INLINE void StoreToken(const RopeKvArgs& args, int64_t kv_head, float* k
   }
 }
 
+// The lines of a page that a token's K and V of a head will be written to: one for each dim, or pair of dims, of K, and a
+// page that another step wrote last has left the caches. Written to without this, they would be fetched one by one.
+template <typename Kv>
+SAPWOOD_INLINE void FetchToken(const RopeKvArgs& args, int64_t kv_head) {
+  const HeadInPage<Kv> head(args.layout, kv_head);
+  constexpr int64_t kBytes = sizeof(Kv), kPair = sizeof(Kv) == sizeof(Bf16) ? 2 : 1;
+  const int64_t k_row = args.layout.page_size * kPair * kBytes, v_row = head.padded_dim * kPair * kBytes;
+  const char* const k = static_cast<const char*>(args.page) + head.first + args.offset * kPair * kBytes;
+  const char* const v =
+      static_cast<const char*>(args.page) + head.first + head.block_bytes + args.offset / kPair * v_row;
+  for (int64_t at = 0; at < head.block_bytes; at += k_row < kLine ? kLine : k_row) __builtin_prefetch(k + at, 1, 2);
+  for (int64_t at = 0; at < v_row; at += kLine) __builtin_prefetch(v + at, 1, 2);
+}
+
 template <typename A, typename Kv>
 void RopeKvOf(const RopeKvArgs& args) {
   const int64_t head_dim = args.layout.head_dim, num_kv_heads = args.layout.num_kv_heads;
   const int64_t padded_dim = (head_dim + kLanes - 1) / kLanes * kLanes;
   for (int64_t h = 0; h < args.num_q_heads; ++h) {
+    if (h < num_kv_heads) FetchToken<Kv>(args, h);
     A* q = static_cast<A*>(args.q_out) + h * head_dim;
     NormRotateHead(args, args.qkv + h * head_dim, args.q_norm,
                    [&](int64_t d, V16 x, int n) __attribute__((always_inline)) { StoreLanes(q + d, x, n); });

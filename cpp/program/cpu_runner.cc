@@ -32,7 +32,9 @@ constexpr int32_t kAttentionRows = 96;  // (query, head) rows of an item: what t
 // meet in memory, 0.4 % of what is read per query head, so this bounds the memory and nothing else.
 constexpr int64_t kMinCutChunks = 4;
 constexpr size_t kMaxPartialBytes = size_t{64} << 20;
-constexpr int64_t kPanelsPerTile = 8;
+// Panels of a call: the kernel makes rows ready once for as many, and fetches the panel after the one it multiplies, which
+// is its thread's own next: threads walk through the panels in runs.
+constexpr int64_t kPanelsPerRun = 4;
 constexpr int64_t kTilesPerThread = 16;  // a step waits for the last tile: half of one per thread is lost at each node
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -161,13 +163,18 @@ struct CpuRunner::Impl {
     const bool gate_up = args.epilogue == Epilogue::kSiluMul || args.epilogue == Epilogue::kSiluMulQ8;
     const int64_t panels = CeilDiv(args.n, gate_up ? kPanel / 2 : kPanel);
     // Few rows: all of them in every tile, so that each panel is read from memory once.
-    const int64_t rows = m <= 2 * kGemmRows ? m : kGemmRows;
-    const int64_t row_blocks = CeilDiv(m, rows);
-    const int64_t wanted = kTilesPerThread * pool.num_threads();
-    const int64_t width = std::clamp<int64_t>(panels * row_blocks / wanted, 1, kPanelsPerTile);
-    const int64_t panel_blocks = CeilDiv(panels, width);
+    const int64_t row_blocks = m <= 2 * kGemmRows ? 1 : CeilDiv(m, kGemmRows);
+    const int64_t rows = CeilDiv(m, row_blocks);
+    if (row_blocks == 1) {
+      pool.ParallelForRuns(panels, kPanelsPerRun, [&](int64_t p0, int64_t p1, int32_t) {
+        kernels->gemm(program.act, args, 0, m, p0, p1);
+      });
+      return;
+    }
     // Row blocks innermost: neighbours in time share panels in the cache.
-    pool.ParallelFor(row_blocks * panel_blocks, [&](int64_t tile, int32_t) {
+    const int64_t wanted = kTilesPerThread * pool.num_threads();
+    const int64_t width = std::clamp<int64_t>(panels * row_blocks / wanted, 1, kPanelsPerRun);
+    pool.ParallelForRuns(row_blocks * CeilDiv(panels, width), 1, [&](int64_t tile, int64_t, int32_t) {
       const int64_t m0 = tile % row_blocks * rows, p0 = tile / row_blocks * width;
       kernels->gemm(program.act, args, m0, std::min(m, m0 + rows), p0, std::min(panels, p0 + width));
     });
@@ -216,7 +223,8 @@ struct CpuRunner::Impl {
     char* const q = static_cast<char*>(arena.value(node.outputs[0]));
     const size_t q_row = arena.row_bytes(node.outputs[0]);
     const int64_t* const slots = batch.slots[group].data();
-    ForRows(batch.num_tokens, 8, [&](int64_t t) {
+    const int64_t grain = std::clamp<int64_t>(batch.num_tokens / (4 * pool.num_threads()), 1, 8);
+    ForRows(batch.num_tokens, grain, [&](int64_t t) {
       const int64_t row = batch.segments[batch.token_segment[t]].rope_mode * max_pos + batch.positions[t];
       RopeKvArgs rope{};
       rope.qkv = static_cast<const float*>(qkv_scratch.data()) + t * cols;

@@ -4,6 +4,10 @@
 // one atomic word. A worker joins by compare-and-swap while the job is open, claims tiles, and leaves. The caller works
 // too, closes the job when no tile is left to claim, and waits for those who joined only: a worker that the event loop
 // has preempted before it joined costs nothing. A job's fields may be read between join and leave.
+//
+// Tiles are claimed from one counter (ParallelFor), or in runs (ParallelForRuns): each thread has a share of them in a
+// word of its own, and who has none left steals half of another's. A word is all there is to know of a share, so a thief
+// who finds the value that he read may take from it, whatever happened meanwhile.
 #include "program/thread_pool.h"
 
 #include <linux/futex.h>
@@ -19,6 +23,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -181,10 +186,15 @@ struct ThreadPool::Impl {
   std::vector<std::thread> workers;
 
   // The job. Written by the caller while no job is open and none has joined; read between join and leave.
-  TileFn fn = nullptr;
+  TileFn fn = nullptr;  // or run_fn
+  RunFn run_fn = nullptr;
   void* context = nullptr;
-  int64_t num_tiles = 0;
+  int64_t num_tiles = 0, max_run = 0;
   alignas(64) std::atomic<int64_t> next_tile{0};
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};  // begin << 32 | end
+  };
+  std::unique_ptr<Share[]> shares;  // [thread]
   // epoch << 32 | open << 31 | joined workers
   alignas(64) std::atomic<uint64_t> state{0};
   // The epoch again, as the word parked workers wait on (a join must not disturb them).
@@ -194,8 +204,50 @@ struct ThreadPool::Impl {
   std::atomic<bool> stop{false};
   std::atomic<bool> busy{false};
 
-  void RunTiles(int32_t thread) {
+  static uint64_t Pack(int64_t begin, int64_t end) {
+    return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end);
+  }
+  static int64_t Begin(uint64_t left) { return static_cast<int64_t>(left >> 32); }
+  static int64_t End(uint64_t left) { return static_cast<int64_t>(left & 0xffffffffu); }
+
+  void Work(int32_t thread) {
     const ScopedInside inside(this, thread);
+    if (run_fn != nullptr) {
+      WalkShare(thread);
+    } else {
+      RunTiles(thread);
+    }
+  }
+
+  void WalkShare(int32_t thread) {
+    std::atomic<uint64_t>& mine = shares[thread].left;
+    do {
+      uint64_t left = mine.load(std::memory_order_relaxed);
+      while (Begin(left) < End(left)) {
+        const int64_t begin = Begin(left), end = End(left);
+        const int64_t stop = begin + std::clamp<int64_t>((end - begin) / 2, 1, max_run);
+        if (!mine.compare_exchange_weak(left, Pack(stop, end), std::memory_order_relaxed)) continue;
+        run_fn(context, begin, stop, thread);
+        left = mine.load(std::memory_order_relaxed);
+      }
+    } while (Steal(thread));
+  }
+
+  bool Steal(int32_t thread) {
+    for (int32_t i = 1; i < num_threads; ++i) {
+      std::atomic<uint64_t>& victim = shares[(thread + i) % num_threads].left;
+      uint64_t left = victim.load(std::memory_order_relaxed);
+      while (Begin(left) < End(left)) {
+        const int64_t begin = Begin(left), end = End(left), middle = begin + (end - begin) / 2;
+        if (!victim.compare_exchange_weak(left, Pack(begin, middle), std::memory_order_relaxed)) continue;
+        shares[thread].left.store(Pack(middle, end), std::memory_order_relaxed);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  void RunTiles(int32_t thread) {
     const TileFn f = fn;
     void* const c = context;
     const int64_t n = num_tiles;
@@ -243,7 +295,7 @@ struct ThreadPool::Impl {
       seen = AwaitEpoch(seen);
       if (stop.load(std::memory_order_acquire)) return;
       if (!TryJoin(seen)) continue;
-      RunTiles(thread);
+      Work(thread);
       Leave();
     }
   }
@@ -254,6 +306,34 @@ struct ThreadPool::Impl {
     epoch.store(e, std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_seq_cst) > 0) FutexWake(&epoch, wake);
   }
+
+  // fn or run_fn and what goes with it are set.
+  void Run(int64_t tiles, void* c) {
+    context = c;
+    num_tiles = tiles;
+    Publish(static_cast<int>(std::min<int64_t>(tiles, num_threads) - 1));
+    Work(0);
+    CloseAndWait();
+  }
+
+  // Whoever calls ParallelFor: inside of a tile of this pool, or the one caller there may be.
+  struct Caller {
+    Impl* const impl;
+    const bool nested = t_inside.pool == impl;
+    const bool alone = nested || impl->num_threads == 1;  // nested: its share of the outer job, so no one to wait for
+    const int32_t thread = nested ? t_inside.thread : 0;
+    const ScopedInside inside{impl, thread};
+
+    explicit Caller(Impl* i) : impl(i) {
+      SAPWOOD_CHECK(nested || !impl->busy.exchange(true, std::memory_order_acquire),
+                    "ParallelFor called by two threads at once; a pool belongs to one executor");
+    }
+    ~Caller() {
+      if (!nested) impl->busy.store(false, std::memory_order_release);
+    }
+    Caller(const Caller&) = delete;
+    Caller& operator=(const Caller&) = delete;
+  };
 
   void CloseAndWait() {
     state.fetch_and(~kOpen, std::memory_order_seq_cst);
@@ -273,6 +353,7 @@ ThreadPool::ThreadPool(int32_t num_threads, int32_t nice) : impl_(std::make_uniq
                   "; UsableCpus() says ", UsableCpus());
   impl_->num_threads = num_threads;
   impl_->nice = nice;
+  impl_->shares = std::make_unique<Impl::Share[]>(num_threads);
   if (num_threads > UsableCpus()) impl_->spin_ns = kSpinOversubscribedNs;
   impl_->workers.reserve(num_threads - 1);
   for (int32_t i = 1; i < num_threads; ++i) {
@@ -295,26 +376,35 @@ int32_t ThreadPool::num_threads() const { return impl_->num_threads; }
 
 void ThreadPool::ParallelFor(int64_t num_tiles, TileFn fn, void* context) {
   if (num_tiles <= 0) return;
-  if (t_inside.pool == impl_.get()) {  // nested: this thread's share of the outer job, so no one to wait for
-    for (int64_t tile = 0; tile < num_tiles; ++tile) fn(context, tile, t_inside.thread);
+  const Impl::Caller caller(impl_.get());
+  if (caller.alone || num_tiles == 1) {
+    for (int64_t tile = 0; tile < num_tiles; ++tile) fn(context, tile, caller.thread);
     return;
   }
-  SAPWOOD_CHECK(!impl_->busy.exchange(true, std::memory_order_acquire),
-                "ParallelFor called by two threads at once; a pool belongs to one executor");
-  if (impl_->num_threads == 1 || num_tiles == 1) {
-    const ScopedInside inside(impl_.get(), 0);
-    for (int64_t tile = 0; tile < num_tiles; ++tile) fn(context, tile, 0);
-  } else {
-    impl_->fn = fn;
-    impl_->context = context;
-    impl_->num_tiles = num_tiles;
-    impl_->next_tile.store(0, std::memory_order_relaxed);
-    const int64_t wake = std::min<int64_t>(num_tiles, impl_->num_threads) - 1;
-    impl_->Publish(static_cast<int>(wake));
-    impl_->RunTiles(0);
-    impl_->CloseAndWait();
+  impl_->fn = fn;
+  impl_->run_fn = nullptr;
+  impl_->next_tile.store(0, std::memory_order_relaxed);
+  impl_->Run(num_tiles, context);
+}
+
+void ThreadPool::ParallelForRuns(int64_t num_tiles, int64_t max_run, RunFn fn, void* context) {
+  SAPWOOD_CHECK(num_tiles < int64_t{1} << 32 && max_run > 0, num_tiles, " tiles in runs of ", max_run);
+  if (num_tiles <= 0) return;
+  const Impl::Caller caller(impl_.get());
+  if (caller.alone || num_tiles == 1) {
+    for (int64_t begin = 0; begin < num_tiles; begin += max_run) {
+      fn(context, begin, std::min(num_tiles, begin + max_run), caller.thread);
+    }
+    return;
   }
-  impl_->busy.store(false, std::memory_order_release);
+  impl_->run_fn = fn;
+  impl_->max_run = max_run;
+  const int64_t threads = impl_->num_threads;
+  for (int64_t t = 0; t < threads; ++t) {
+    impl_->shares[t].left.store(Impl::Pack(num_tiles * t / threads, num_tiles * (t + 1) / threads),
+                                std::memory_order_relaxed);
+  }
+  impl_->Run(num_tiles, context);
 }
 
 }  // namespace sapwood

@@ -1,7 +1,7 @@
 // A pool of compute threads for one executor: tiles are claimed dynamically, threads spin briefly, then park.
 //
 // Dynamic claiming because the event loop preempts one of the cores: a static split would stall both on it.
-// A tile is the unit of work and of rounding, so results do not depend on the number of threads.
+// A tile is the unit of work and of rounding, so results do not depend on the number of threads, nor on the runs.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +30,22 @@ class ThreadPool {
     ParallelFor(
         num_tiles,
         [](void* c, int64_t tile, int32_t thread) { (*static_cast<std::remove_reference_t<F>*>(c))(tile, thread); },
+        &f);
+  }
+
+  // The same for tiles that go well together with the next one: fn(context, begin, end, thread) for runs that cover
+  // [0, num_tiles), of up to max_run. A thread walks through a share of its own, in order and in ever shorter runs,
+  // then takes the last half of what another has left. num_tiles < 2^32.
+  using RunFn = void (*)(void* context, int64_t begin, int64_t end, int32_t thread);
+  void ParallelForRuns(int64_t num_tiles, int64_t max_run, RunFn fn, void* context);
+
+  template <typename F>
+  void ParallelForRuns(int64_t num_tiles, int64_t max_run, F&& f) {
+    ParallelForRuns(
+        num_tiles, max_run,
+        [](void* c, int64_t begin, int64_t end, int32_t thread) {
+          (*static_cast<std::remove_reference_t<F>*>(c))(begin, end, thread);
+        },
         &f);
   }
 

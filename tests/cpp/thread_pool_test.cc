@@ -29,39 +29,6 @@ double CpuSeconds() {
          1e-6 * static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec);
 }
 
-TEST(ThreadPool, EveryTileExactlyOnce) {
-  for (int32_t threads : {1, 2, 3, 8}) {
-    ThreadPool pool(threads);
-    EXPECT_EQ(pool.num_threads(), threads);
-    for (int64_t tiles : {0, 1, 2, 3, 7, 64, 1000, 20000}) {
-      // Plain ints: the thread sanitizer sees two threads on one tile, and a missing barrier.
-      std::vector<int32_t> hits(tiles);
-      std::atomic<int32_t> bad_thread{0};
-      pool.ParallelFor(tiles, [&](int64_t tile, int32_t thread) {
-        ++hits[tile];
-        if (thread < 0 || thread >= threads) ++bad_thread;
-      });
-      EXPECT_EQ(bad_thread, 0);
-      for (int64_t t = 0; t < tiles; ++t) ASSERT_EQ(hits[t], 1) << t << " of " << tiles << ", threads " << threads;
-    }
-  }
-}
-
-// Many short jobs back to back, with pauses that land before, in and after the workers' spin: a worker that takes a
-// tile of the job before, or misses a wake-up, shows as a wrong sum or a hang.
-TEST(ThreadPool, ManyShortJobs) {
-  for (int32_t threads : {2, 4}) {
-    ThreadPool pool(threads);
-    std::vector<int64_t> out(64);
-    for (int64_t job = 0; job < 30000; ++job) {
-      const int64_t tiles = 1 + job * 7 % 61;
-      pool.ParallelFor(tiles, [&](int64_t tile, int32_t) { out[tile] = job + tile; });
-      for (int64_t t = 0; t < tiles; ++t) ASSERT_EQ(out[t], job + t);
-      if (job % 397 == 0) std::this_thread::sleep_for(std::chrono::microseconds(job % 3 * 60));
-    }
-  }
-}
-
 // Waits until n threads have arrived. False after ten seconds: a failure is better than a hang.
 class Rendezvous {
  public:
@@ -82,6 +49,83 @@ class Rendezvous {
   const int32_t n_;
   std::atomic<int32_t> arrived_{0};
 };
+
+TEST(ThreadPool, EveryTileExactlyOnce) {
+  for (int32_t threads : {1, 2, 3, 8}) {
+    ThreadPool pool(threads);
+    EXPECT_EQ(pool.num_threads(), threads);
+    for (int64_t tiles : {0, 1, 2, 3, 7, 64, 1000, 20000}) {
+      // Plain ints: the thread sanitizer sees two threads on one tile, and a missing barrier.
+      std::vector<int32_t> hits(tiles);
+      std::atomic<int32_t> bad_thread{0};
+      pool.ParallelFor(tiles, [&](int64_t tile, int32_t thread) {
+        ++hits[tile];
+        if (thread < 0 || thread >= threads) ++bad_thread;
+      });
+      EXPECT_EQ(bad_thread, 0);
+      for (int64_t t = 0; t < tiles; ++t) ASSERT_EQ(hits[t], 1) << t << " of " << tiles << ", threads " << threads;
+    }
+  }
+}
+
+TEST(ThreadPool, RunsCoverEveryTileOnce) {
+  for (int32_t threads : {1, 2, 3, 8}) {
+    ThreadPool pool(threads);
+    for (int64_t tiles : {0, 1, 2, 3, 7, 64, 1000, 20000}) {
+      for (int64_t max_run : {1, 4, 1000}) {
+        std::vector<int32_t> hits(tiles);
+        std::atomic<int32_t> bad{0};
+        pool.ParallelForRuns(tiles, max_run, [&](int64_t begin, int64_t end, int32_t thread) {
+          if (begin >= end || end - begin > max_run || thread < 0 || thread >= threads) ++bad;
+          for (int64_t tile = begin; tile < end; ++tile) ++hits[tile];
+        });
+        EXPECT_EQ(bad, 0);
+        for (int64_t t = 0; t < tiles; ++t) ASSERT_EQ(hits[t], 1) << t << " of " << tiles << ", threads " << threads;
+      }
+    }
+  }
+}
+
+// A thread walks through its share in order; the share of one that is stuck in a tile is taken from its end.
+TEST(ThreadPool, RunsAreContiguousAndStolen) {
+  ThreadPool pool(2);
+  constexpr int64_t kTiles = 1000;
+  Rendezvous both(2);
+  std::vector<std::vector<int64_t>> begins(2);
+  std::atomic<int64_t> done{0};
+  pool.ParallelForRuns(kTiles, 4, [&](int64_t begin, int64_t end, int32_t thread) {
+    if (begins[thread].empty()) both.Arrive();
+    begins[thread].push_back(begin);
+    done += end - begin;
+    // The worker stays in its first run until all else is done.
+    while (thread == 1 && begins[1].size() == 1 && done < kTiles) std::this_thread::yield();
+  });
+  EXPECT_EQ(begins[1], std::vector<int64_t>{kTiles / 2});
+  ASSERT_GT(begins[0].size(), 2u);
+  EXPECT_EQ(begins[0].front(), 0);
+  // One break where its own half ends, the others where it stole again: half of what was left, so a few.
+  int32_t breaks = 0;
+  for (size_t i = 1; i < begins[0].size(); ++i) {
+    if (begins[0][i] <= begins[0][i - 1] || begins[0][i] > begins[0][i - 1] + 4) ++breaks;
+  }
+  EXPECT_GE(breaks, 1);
+  EXPECT_LE(breaks, 12);
+}
+
+// Many short jobs back to back, with pauses that land before, in and after the workers' spin: a worker that takes a
+// tile of the job before, or misses a wake-up, shows as a wrong sum or a hang.
+TEST(ThreadPool, ManyShortJobs) {
+  for (int32_t threads : {2, 4}) {
+    ThreadPool pool(threads);
+    std::vector<int64_t> out(64);
+    for (int64_t job = 0; job < 30000; ++job) {
+      const int64_t tiles = 1 + job * 7 % 61;
+      pool.ParallelFor(tiles, [&](int64_t tile, int32_t) { out[tile] = job + tile; });
+      for (int64_t t = 0; t < tiles; ++t) ASSERT_EQ(out[t], job + t);
+      if (job % 397 == 0) std::this_thread::sleep_for(std::chrono::microseconds(job % 3 * 60));
+    }
+  }
+}
 
 TEST(ThreadPool, ParkedWorkersAreWoken) {
   ThreadPool pool(3);
@@ -117,6 +161,21 @@ TEST(ThreadPool, NoTileTwiceUnderContention) {
       ++hits[tile];
     });
     ASSERT_EQ(std::count(hits.begin(), hits.end(), 1), kTiles);
+  }
+}
+
+// Runs of one tile, so that the two meet at the ends of each other's shares thousands of times.
+TEST(ThreadPool, NoTileTwiceWhereRunsAreStolen) {
+  ThreadPool pool(2);
+  for (int64_t job = 0; job < 3000; ++job) {
+    const int64_t tiles = 2 + job % 61;
+    std::vector<int32_t> hits(tiles);
+    pool.ParallelForRuns(tiles, 1, [&](int64_t begin, int64_t, int32_t thread) {
+      ++hits[begin];
+      // The worker is slower, then faster: shares run out first on one side, then on the other.
+      for (int64_t i = 0; i < (thread == 1) * (job % 3) * 50; ++i) hits[begin] += i < 0;
+    });
+    ASSERT_EQ(std::count(hits.begin(), hits.end(), 1), tiles) << job;
   }
 }
 
