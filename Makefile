@@ -49,13 +49,14 @@ pytest: ctest
 build: $(DEPS)  ## the C++ tests, and sapwood._core into python/sapwood (editable install)
 	$(BIN)/cmake --build $(BUILD) --parallel $(JOBS)
 
-# An environment that `make test` has set up runs from the checkout already; a new one gets what serving needs, no more.
+# An environment that `make test` has set up runs from the checkout already; a new one gets what serving needs, no more,
+# and of the CPU kernels those of this machine.
 $(READY): pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	@$(CHECK_PYTHON)
 	@[ -x $(PY) ] || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@if [ -e $(DEPS) ]; then $(MAKE) build; else \
 	  echo "installing into $(VENV): downloads about 65 MB, compiles for a minute or two"; \
-	  $(PY) -m pip install -q --disable-pip-version-check --no-compile . ; fi
+	  SAPWOOD_CPU_LEVELS=native $(PY) -m pip install -q --disable-pip-version-check --no-compile . ; fi
 	@touch $@
 
 lint: $(DEPS)  ## ruff and mypy

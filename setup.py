@@ -3,6 +3,8 @@
 Environment:
     SAPWOOD_BUILD_CUDA   auto (default: when nvcc and an NVIDIA driver are here) | on | off
     SAPWOOD_CUDA_ARCHS   architectures of libsapwood_cuda.so, as in CMAKE_CUDA_ARCHITECTURES
+    SAPWOOD_CPU_LEVELS   all (default) | native: of the CPU kernels the portable and this machine's best only,
+                         which compiles faster (`make serve`)
     SAPWOOD_BUILD_JOBS   parallel compilations (default: the CPUs this process may use)
     SAPWOOD_BUILD_DIR    a CMake tree that is already configured with SAPWOOD_PYTHON=ON: compile there, so that a
                          developer's tree and the editable install share their objects (`make build`)
@@ -84,6 +86,7 @@ class CMakeBuild(build_ext):
             "SAPWOOD_PYTHON_DIR": package_dir,
             "SAPWOOD_TESTS": "OFF",
             "SAPWOOD_WERROR": "OFF",
+            "SAPWOOD_CPU_LEVELS": os.environ.get("SAPWOOD_CPU_LEVELS", "all"),
             "SAPWOOD_CUDA": cuda_switch(),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),

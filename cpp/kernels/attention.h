@@ -206,25 +206,28 @@ SAPWOOD_INLINE void MacColumns(Acc<R, C>& acc, const Work* const (&a)[R], const 
   };
   constexpr int64_t kGroup = Column::kGroup;
   int64_t step = begin;
-  if (lines) {
-    for (; step + kStepsPerLine <= end; step += kStepsPerLine, lines += 64) {
-      __builtin_prefetch(lines, 0, 2);
-      Unroll<kStepsPerLine>([&](auto i) __attribute__((always_inline)) { one(step + i.value); });
+  if constexpr (R == kTallRows && C == kTallCols) {  // those that do nearly all of the work where lines are fetched
+    if (lines) {
+      for (; step + kStepsPerLine <= end; step += kStepsPerLine, lines += 64) {
+        __builtin_prefetch(lines, 0, 2);
+        Unroll<kStepsPerLine>([&](auto i) __attribute__((always_inline)) { one(step + i.value); });
+      }
     }
   }
-  if constexpr (kGroup > 1) {
-    for (; step < end && step % kGroup != 0; ++step) one(step);
-  }
-  for (; step + kGroup <= end; step += kGroup) {
-    if (ahead) {
-      Unroll<C>([&](auto c) __attribute__((always_inline)) {
-        __builtin_prefetch(ahead[c.value] + step / kGroup * ahead_stride, 0, 2);
-      });
+  // Whole groups, and what is left of one at either end.
+  for (;;) {
+    if (step % kGroup == 0) {
+      for (; step + kGroup <= end; step += kGroup) {
+        if (ahead) {
+          Unroll<C>([&](auto c) __attribute__((always_inline)) {
+            __builtin_prefetch(ahead[c.value] + step / kGroup * ahead_stride, 0, 2);
+          });
+        }
+        Unroll<kGroup>([&](auto i) __attribute__((always_inline)) { one(step + i.value); });
+      }
     }
-    Unroll<kGroup>([&](auto i) __attribute__((always_inline)) { one(step + i.value); });
-  }
-  if constexpr (kGroup > 1) {
-    for (; step < end; ++step) one(step);
+    if (kGroup == 1 || step >= end) break;
+    one(step++);
   }
 }
 

@@ -9,15 +9,37 @@
 namespace sapwood {
 
 extern const KernelTable kScalarTable;
-#if defined(__x86_64__)
+// CMake says which are compiled (SAPWOOD_CPU_LEVELS); they exist on x86-64 only.
+#if defined(SAPWOOD_LEVEL_AVX2)
 extern const KernelTable kAvx2Table;
+#endif
+#if defined(SAPWOOD_LEVEL_AVX512)
 extern const KernelTable kAvx512Table;
+#endif
+#if defined(SAPWOOD_LEVEL_AVX512_BF16)
 extern const KernelTable kAvx512Bf16Table;
 #endif
 
 namespace {
 
 constexpr Isa kLevels[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+
+// Null: not compiled.
+const KernelTable* CompiledTable(Isa isa) {
+  switch (isa) {
+#if defined(SAPWOOD_LEVEL_AVX2)
+    case Isa::kAvx2: return &kAvx2Table;
+#endif
+#if defined(SAPWOOD_LEVEL_AVX512)
+    case Isa::kAvx512: return &kAvx512Table;
+#endif
+#if defined(SAPWOOD_LEVEL_AVX512_BF16)
+    case Isa::kAvx512Bf16: return &kAvx512Bf16Table;
+#endif
+    case Isa::kScalar: return &kScalarTable;
+    default: return nullptr;
+  }
+}
 
 }  // namespace
 
@@ -33,6 +55,7 @@ const char* IsaName(Isa isa) {
 
 bool IsaSupported(Isa isa) {
   if (isa == Isa::kScalar) return true;
+  if (CompiledTable(isa) == nullptr) return false;
 #if defined(__x86_64__)
   // These tests include XCR0: whether the operating system saves the registers.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -74,14 +97,7 @@ Isa ParseIsa(const char* name) {
 
 const KernelTable& Kernels(Isa isa) {
   SAPWOOD_REQUIRE(IsaSupported(isa), "isa must be a level of this machine, got ", IsaName(isa));
-  switch (isa) {
-#if defined(__x86_64__)
-    case Isa::kAvx2: return kAvx2Table;
-    case Isa::kAvx512: return kAvx512Table;
-    case Isa::kAvx512Bf16: return kAvx512Bf16Table;
-#endif
-    default: return kScalarTable;
-  }
+  return *CompiledTable(isa);
 }
 
 size_t AttentionScratchBytes(int32_t /*group_size*/, int32_t head_dim) { return BlockScratchBytes(head_dim); }
