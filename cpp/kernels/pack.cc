@@ -30,14 +30,66 @@ Dst Convert(Src x) {
   }
 }
 
+constexpr int64_t kBlock = 64;  // units of K, a float or a pair of bf16: 16 KB of output, written while in L1
+
+// What is packed as it is: out[num_units][64] from 64 rows of 4-byte units, four by four in registers; a null row is zero.
+void TransposeUnits(const void* const* rows, int64_t num_units, char* out) {
+  using Four = uint32_t __attribute__((vector_size(16)));
+  using Pick = int32_t __attribute__((vector_size(16)));
+  constexpr int64_t kUnit = 4, kLine = 64;
+  for (int64_t u0 = 0; u0 < num_units; u0 += kBlock) {
+    const int64_t whole = std::min(kBlock, num_units - u0) / 4 * 4;
+    for (int64_t j = 0; j < kPanel; j += 4) {
+      const char* from[4];
+      for (int r = 0; r < 4; ++r) {
+        from[r] = rows[j + r] == nullptr ? nullptr : static_cast<const char*>(rows[j + r]) + u0 * kUnit;
+        // More rows than the hardware's prefetchers follow.
+        for (int64_t at = 0; from[r] != nullptr && at < kBlock * kUnit; at += kLine) {
+          __builtin_prefetch(from[r] + kBlock * kUnit + at);
+        }
+      }
+      char* const to = out + (u0 * kPanel + j) * kUnit;
+      for (int64_t u = 0; u < whole; u += 4) {
+        Four row[4] = {};
+        for (int r = 0; r < 4; ++r) {
+          if (from[r] != nullptr) std::memcpy(&row[r], from[r] + u * kUnit, sizeof(Four));
+        }
+        const Four low01 = __builtin_shuffle(row[0], row[1], Pick{0, 4, 1, 5});
+        const Four low23 = __builtin_shuffle(row[2], row[3], Pick{0, 4, 1, 5});
+        const Four high01 = __builtin_shuffle(row[0], row[1], Pick{2, 6, 3, 7});
+        const Four high23 = __builtin_shuffle(row[2], row[3], Pick{2, 6, 3, 7});
+        const Four columns[4] = {__builtin_shuffle(low01, low23, Pick{0, 1, 4, 5}),
+                                 __builtin_shuffle(low01, low23, Pick{2, 3, 6, 7}),
+                                 __builtin_shuffle(high01, high23, Pick{0, 1, 4, 5}),
+                                 __builtin_shuffle(high01, high23, Pick{2, 3, 6, 7})};
+        for (int i = 0; i < 4; ++i) std::memcpy(to + (u + i) * kPanel * kUnit, &columns[i], sizeof(Four));
+      }
+      for (int64_t u = whole; u < std::min(kBlock, num_units - u0); ++u) {
+        for (int r = 0; r < 4; ++r) {
+          char* const at = to + (u * kPanel + r) * kUnit;
+          if (from[r] != nullptr) {
+            std::memcpy(at, from[r] + u * kUnit, kUnit);
+          } else {
+            std::memset(at, 0, kUnit);
+          }
+        }
+      }
+    }
+  }
+}
+
 template <typename Dst, typename Src>
 void Pack(Dst* out, int64_t k, const void* const* rows, int64_t panel_begin, int64_t panel_end) {
   constexpr int64_t kStep = std::is_same_v<Dst, Bf16> ? 2 : 1;
-  constexpr int64_t kBlock = 64;  // of K: 16 KB of output, written 64 times over while in L1
   const int64_t padded_k = (k + kStep - 1) / kStep * kStep;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     Dst* const base = out + panel * padded_k * kPanel;
-    for (int64_t k0 = 0; k0 < padded_k; k0 += kBlock) {
+    int64_t first = 0;
+    if constexpr (std::is_same_v<Dst, Src>) {
+      first = k / kStep * kStep;
+      TransposeUnits(rows + panel * kPanel, k / kStep, reinterpret_cast<char*>(base));
+    }
+    for (int64_t k0 = first; k0 < padded_k; k0 += kBlock) {
       const int64_t k1 = std::min(k0 + kBlock, padded_k);
       for (int64_t j = 0; j < kPanel; ++j) {
         const Src* row = static_cast<const Src*>(rows[panel * kPanel + j]);
