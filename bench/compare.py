@@ -53,7 +53,7 @@ import peers
 import serving
 import workloads
 from peer_process import Running
-from peer_workspace import PeerError, Workspace
+from peer_workspace import DEFAULT_ROOT, PeerError, Workspace
 
 STREAMS: Final = 16
 CONTEXT: Final = 2048
@@ -466,7 +466,7 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=at_least_one, default=5, help="rounds (default 5)")
     add("--threads", type=at_least_one, default=machine.num_usable_cpus(), help="default: all usable CPUs")
     add("--seed", type=int, default=0, help="of the prompts")
-    add("--work-dir", type=Path, default=Path.home() / ".cache" / "sapwood-compare")
+    add("--work-dir", type=Path, default=DEFAULT_ROOT)
     add("--env", type=environment, action="append", default=[], metavar="PEER=DIR",
         help="a virtual environment that has the peer; llama.cpp: a folder laid out as this makes it")  # fmt: skip
     add("--out", type=Path, help="folder of the results; default: results/CHECKPOINT in the work directory")

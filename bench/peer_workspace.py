@@ -28,6 +28,7 @@ VERSIONS: Final[Mapping[str, str]] = MappingProxyType(
         "torch": "2.13.0",
     }
 )
+DEFAULT_ROOT: Final = Path.home() / ".cache" / "sapwood-compare"
 TORCH_CPU_INDEX: Final = "https://download.pytorch.org/whl/cpu"
 # What the conversion to GGUF imports beside transformers.
 CONVERTER_PACKAGES: Final = (
