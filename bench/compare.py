@@ -58,6 +58,8 @@ from peer_workspace import DEFAULT_ROOT, PeerError, Workspace
 STREAMS: Final = 16
 CONTEXT: Final = 2048
 PROMPT_LEN: Final = 1024
+DECODE_LENS: Final = (32, 64)  # in, out
+DECODE_CONTEXT: Final = DECODE_LENS[0] + DECODE_LENS[1] // 2
 # How many requests one after the other give a figure of one stream.
 NUM_SINGLE: Final = 2
 # How long others must be quiet for --wait-quiet.
@@ -121,10 +123,10 @@ Ask = Callable[[Sequence[workloads.Request], int], serving.Load]
 
 
 def measure_decode(ask: Ask, prompts: Prompts) -> Values:
-    one = ask(prompts.random(0, NUM_SINGLE, 32, 64), 1)
+    one = ask(prompts.random(0, NUM_SINGLE, *DECODE_LENS), 1)
     return {
         "decode-1": stream_rate(one),
-        f"decode-{STREAMS}": joint_rate(ask(prompts.random(1, STREAMS, 32, 64), STREAMS)),
+        f"decode-{STREAMS}": joint_rate(ask(prompts.random(1, STREAMS, *DECODE_LENS), STREAMS)),
     }
 
 
@@ -414,7 +416,7 @@ def write_report(results: Results, plan: Plan, out: Path) -> None:
         for kind in compare_limits.CEILINGS
     }
     limits = {
-        precision: compare_limits.limits(plan.checkpoint, ceilings, precision, STREAMS, PROMPT_LEN)
+        precision: compare_limits.limits(plan.checkpoint, ceilings, precision, STREAMS, PROMPT_LEN, DECODE_CONTEXT)
         for precision in peers.PRECISIONS
     }
     print(compare_report.table(results.data, ceilings, limits, markdown=False))

@@ -1,8 +1,8 @@
 """What the machine's ceilings allow at best for the measures of bench/compare.py: a token's bytes and operations.
 
-Ceilings are bench/machine.py's, of the same run. A decoding step reads every matrix's weights once; a token costs a
-multiply and an add for each weight, and in a prompt attention besides. int4 weights are multiplied as int8; bf16 ones
-in fp32 where the CPU has no bf16 dot product.
+Ceilings are bench/machine.py's, of the same run. A decoding step reads every matrix's weights once, and each row's keys
+and values in 16 bits; a token costs a multiply and an add for each weight, and those of attention. int4 weights are
+multiplied as int8; bf16 ones, and keys and values, in fp32 where the CPU has no bf16 dot product.
 """
 
 from __future__ import annotations
@@ -46,22 +46,38 @@ def attention_operations(checkpoint: Path, prompt_len: int) -> float:
 
 
 def limits(
-    checkpoint: Path, ceilings: Mapping[str, float | None], precision: str, streams: int, prompt_len: int
+    checkpoint: Path,
+    ceilings: Mapping[str, float | None],
+    precision: str,
+    streams: int,
+    prompt_len: int,
+    context_len: int,
 ) -> dict[str, float]:
     """Tokens a second at best.
 
-    ceilings   GB/s of "read", G operations a second of "fp32", "bf16" and "int8", with all threads; None where unknown
-    precision  of the weights, one of WEIGHT_BYTES
+    ceilings     GB/s of "read", G operations a second of "fp32", "bf16", "int8", with all threads; None where unknown
+    precision    of the weights, one of WEIGHT_BYTES
+    context_len  tokens that a row which decodes has on average
     Returns "decode-1", "decode-N" (N streams) and "prefill" (a prompt of prompt_len); those that are known.
     """
     layers, head = num_weights(checkpoint)
     read = ceilings.get("read")
-    peak = (ceilings.get("bf16") or ceilings.get("fp32")) if precision == "bf16" else ceilings.get("int8")
+    act_peak = ceilings.get("bf16") or ceilings.get("fp32")
+    peak = act_peak if precision == "bf16" else ceilings.get("int8")
+    # Of a causal prompt, so half of what a row with all of it behind it costs.
+    attention = attention_operations(checkpoint, 2 * context_len)
+    row_bytes = context_len * peer_weights.kv_bytes_per_token(checkpoint) / 2  # which counts 4 bytes an element
     found: dict[str, Any] = {}
-    if read:
-        found["decode-1"] = 1e9 * read / ((layers + head) * WEIGHT_BYTES[precision])
-    if peak:
-        found["prefill"] = 1e9 * peak / (2 * layers + attention_operations(checkpoint, prompt_len))
+
+    def seconds(rows: int) -> float:
+        """Of a decoding step: the bytes, or the operations."""
+        assert read and peak and act_peak
+        num_bytes = (layers + head) * WEIGHT_BYTES[precision] + rows * row_bytes
+        return max(num_bytes / read, rows * (2 * (layers + head) / peak + attention / act_peak)) / 1e9
+
+    if peak and act_peak:
+        found["prefill"] = 1e9 / (2 * layers / peak + attention_operations(checkpoint, prompt_len) / act_peak)
         if read:
-            found[f"decode-{streams}"] = min(streams * found["decode-1"], 1e9 * peak / (2 * (layers + head)))
+            found["decode-1"] = 1 / seconds(1)
+            found[f"decode-{streams}"] = streams / seconds(streams)
     return found

@@ -135,17 +135,19 @@ def test_limits(tiny: Path) -> None:
     assert compare_limits.attention_operations(tiny, 100) == attention
     assert peer_weights.kv_bytes_per_token(tiny) == 2 * 2 * 2 * 16 * 4
     ceilings = {"read": 10.0, "fp32": 100.0, "bf16": None, "int8": 400.0}
-    found = compare_limits.limits(tiny, ceilings, "bf16", 16, 100)
-    assert found["decode-1"] == pytest.approx(10e9 / (2 * (layers + head)))
-    assert found["decode-16"] == pytest.approx(100e9 / (2 * (layers + head)))
+    found = compare_limits.limits(tiny, ceilings, "bf16", 16, 100, 50)
+    # A row's 50 keys and values of 2 layers, 2 heads of 16, in 2 bytes.
+    row_bytes, row_attention = 50 * 2 * 2 * 2 * 16 * 2, 2 * 2 * 2 * 64 * 50
+    assert found["decode-1"] == pytest.approx(10e9 / (2 * (layers + head) + row_bytes))
+    assert found["decode-16"] == pytest.approx(100e9 / (2 * (layers + head) + row_attention))
     assert found["prefill"] == pytest.approx(100e9 / (2 * layers + attention))
-    assert compare_limits.limits(tiny, {**ceilings, "bf16": 200.0}, "bf16", 16, 100)["prefill"] == pytest.approx(
-        2 * found["prefill"]
-    )
-    int4 = compare_limits.limits(tiny, ceilings, "int4", 2, 100)
-    assert int4["decode-2"] == pytest.approx(2 * int4["decode-1"])
-    assert int4["decode-1"] == pytest.approx(10e9 / ((layers + head) * 0.515625))
-    assert compare_limits.limits(tiny, {"read": None, "int8": None}, "int8", 16, 100) == {}
+    dot = compare_limits.limits(tiny, {**ceilings, "bf16": 200.0}, "bf16", 16, 100, 50)
+    assert dot["prefill"] == pytest.approx(2 * found["prefill"])
+    int8 = compare_limits.limits(tiny, ceilings, "int8", 16, 100, 50)
+    assert int8["prefill"] == pytest.approx(1 / (2 * layers / 400e9 + attention / 100e9))
+    int4 = compare_limits.limits(tiny, ceilings, "int4", 2, 100, 50)
+    assert int4["decode-2"] == pytest.approx(2 * 10e9 / ((layers + head) * 0.515625 + 2 * row_bytes))
+    assert compare_limits.limits(tiny, {"read": None, "int8": None}, "int8", 16, 100, 50) == {}
 
 
 # --- workspace
