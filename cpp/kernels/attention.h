@@ -610,6 +610,9 @@ SAPWOOD_INLINE bool MeetsChunk(const AttentionBlock<A, Kv>& block, int64_t row, 
 SAPWOOD_INLINE float* Partial(const AttentionArgs& args, int64_t row, int64_t chunk, int64_t padded_dim) {
   return args.partial + (row * args.num_chunks + chunk - args.first_chunk) * (padded_dim + kLanes);
 }
+SAPWOOD_INLINE const float* SharedPartial(const AttentionArgs& args, int64_t row, int64_t chunk, int64_t padded_dim) {
+  return args.shared + (row * args.shared_chunks + chunk) * (padded_dim + kLanes);
+}
 
 // Rows [first, first + num_rows) of the call.
 template <typename A, typename Kv>
@@ -703,10 +706,11 @@ SAPWOOD_INLINE void ForBlocks(const AttentionArgs& args, F&& f) {
     for (int64_t row = 0; row < n; ++row) {
       const int64_t query = (first + row) / group;
       const int64_t column = (args.kv_head * group + (first + row) % group) * block.head_dim;
-      const A* q = static_cast<const A*>(args.q) + (args.q_begin + query) * args.ldq + column;
+      const int64_t token = args.tokens ? args.tokens[query] : args.q_begin + query;
+      const A* q = static_cast<const A*>(args.q) + token * args.ldq + column;
       WidenRow(q, block.q + row * block.padded_dim, block.head_dim);
-      block.out[row] = static_cast<A*>(args.out) + (args.q_begin + query) * args.ldo + column;
-      block.hi[row] = args.first_position + query + 1;
+      block.out[row] = static_cast<A*>(args.out) + token * args.ldo + column;
+      block.hi[row] = args.tokens ? args.chunk_end * kAttentionChunk : args.first_position + query + 1;
       block.lo[row] = args.window > 0 ? Max64(0, block.hi[row] - args.window) : 0;
     }
     f(block, first, n);
@@ -735,9 +739,11 @@ void AttentionMergeOf(const AttentionArgs& args) {
     for (int64_t row = 0; row < num_rows; ++row) {
       float m = -__builtin_inff(), l = 0, *const o = block.o_total;
       for (int64_t d = 0; d < block.padded_dim; d += kLanes) Store(o + d, Zero());
-      for (int64_t chunk = args.first_chunk; chunk < args.first_chunk + args.num_chunks; ++chunk) {
+      for (int64_t chunk = args.shared ? 0 : args.first_chunk; chunk < args.first_chunk + args.num_chunks; ++chunk) {
         if (!MeetsChunk(block, row, chunk)) continue;
-        const float* part = Partial(args, first + row, chunk, block.padded_dim);
+        const float* part = args.shared && chunk < args.shared_chunks
+                                ? SharedPartial(args, first + row, chunk, block.padded_dim)
+                                : Partial(args, first + row, chunk, block.padded_dim);
         MergeChunk(part[block.padded_dim], part[block.padded_dim + 1], part, m, l, o, block.padded_dim);
       }
       StoreOutput(block.out[row], o, l, block.head_dim);

@@ -134,6 +134,13 @@ struct AttentionArgs {
   // first_chunk; attention_merge writes out. partial == null: all keys in one call, which writes out. Same bits.
   float* partial;
   int64_t first_chunk, num_chunks, chunk_begin, chunk_end;
+  // With partial: rows of several segments that have these chunks' pages in common and see all of their keys. tokens
+  // [q_len] takes the place of q_begin, chunk_end that of first_position. Null: one segment's.
+  const int32_t* tokens;
+  // To attention_merge: what such a call has left of the chunks [0, shared_chunks), which come before first_chunk, laid out
+  // as partial. Null: none.
+  const float* shared;
+  int64_t shared_chunks;
 };
 inline constexpr int64_t kAttentionChunk = 256;
 size_t AttentionScratchBytes(int32_t group_size, int32_t head_dim);

@@ -31,6 +31,7 @@ constexpr int32_t kAttentionRows = 96;  // (query, head) rows of an item: what t
 // Long items are cut by keys where that is needed to give every thread about kTilesPerThread of them. Chunks of a cut
 // meet in memory, 0.4 % of what is read per query head, so this bounds the memory and nothing else.
 constexpr int64_t kMinCutChunks = 4;
+constexpr int64_t kRowsPerReading = 4;  // decoding rows that multiply a page in the time that reading it takes
 constexpr size_t kMaxPartialBytes = size_t{64} << 20;
 // Panels of a call: the kernel makes rows ready once for as many, and fetches the panel after the one it multiplies, which
 // is its thread's own next: threads walk through the panels in runs.
@@ -45,13 +46,23 @@ int64_t NowNs() {
   return int64_t{ts.tv_sec} * 1'000'000'000 + ts.tv_nsec;
 }
 
-// Query rows of one segment against one KV head: all their keys, or the chunks [chunk_begin, chunk_end) of a cut.
+// Query rows of one segment, or of all that share a prefix, against one KV head: all their keys, or the chunks
+// [chunk_begin, chunk_end) of a cut.
 struct AttentionItem {
   int32_t segment, kv_head, first_row, num_rows;
-  int64_t first_chunk, num_chunks;  // that the rows can meet
+  int64_t first_chunk, num_chunks;  // that the rows can meet, behind those of a shared prefix
   int64_t chunk_begin, chunk_end;
   int64_t cost;
-  int64_t partial;  // of a cut: float offset of its partial results; -1: not cut
+  int64_t partial = -1;         // of a cut: float offset of its partial results; -1: not cut
+  int32_t prefix = -1;          // the SharedPrefix whose rows these are
+  int64_t shared_partial = -1;  // of a segment behind a shared prefix: float offset of its rows' results there
+  int64_t shared_chunks = 0;
+};
+
+// Decoding segments whose first chunks are in the same pages: what is read once is multiplied with the rows of all.
+struct SharedPrefix {
+  std::vector<int32_t> segments, tokens;
+  int64_t chunks;
 };
 
 }  // namespace
@@ -68,6 +79,7 @@ struct CpuRunner::Impl {
   HugeBuffer qkv_scratch;            // f32 [max_step_tokens][widest qkv]
   std::vector<HugeBuffer> attention_scratch;  // [thread]
   std::vector<std::vector<float>> sampler_scratch;  // [thread]
+  std::vector<std::vector<SharedPrefix>> shared_prefixes;  // [group], of this step
   std::vector<AttentionItem> attention_items;
   std::vector<AttentionItem> attention_cuts;  // uncut forms of those that were cut, to be merged
   HugeBuffer attention_partials;
@@ -243,43 +255,151 @@ struct CpuRunner::Impl {
     });
   }
 
+  // Groups of decoding segments by their first pages. A segment joins one group at most: with those that have the most
+  // reading in common with it, not with all that share some chunks.
+  void FindSharedPrefixes(const StepBatch& batch) {
+    shared_prefixes.assign(layouts.size(), {});
+    for (size_t g = 0; g < layouts.size(); ++g) {
+      if (config.groups[g].kind != KvKind::kFull) continue;
+      const std::vector<const PageId*>& tables = batch.page_tables[g];
+      const int64_t pages_per_chunk = kAttentionChunk / layouts[g].page_size;
+      // Chunks that a row sees whole, but for that of its own token.
+      const auto whole_chunks = [&](int32_t s) { return (batch.segments[s].kv_len - 1) / kAttentionChunk; };
+      std::vector<int32_t> candidates;
+      for (size_t s = 0; s < batch.segments.size(); ++s) {
+        if (batch.segments[s].q_len == 1 && whole_chunks(static_cast<int32_t>(s)) > 0) {
+          candidates.push_back(static_cast<int32_t>(s));
+        }
+      }
+      std::stable_sort(candidates.begin(), candidates.end(),
+                       [&](int32_t a, int32_t b) { return tables[a][0] < tables[b][0]; });
+      std::vector<std::pair<int64_t, int32_t>> common;  // chunks in common with the leader, segment
+      std::vector<int32_t> rest;
+      for (size_t i = 0; i < candidates.size();) {
+        const int32_t leader = candidates[i++];
+        common.clear();
+        rest.clear();
+        for (; i < candidates.size() && tables[candidates[i]][0] == tables[leader][0]; ++i) {
+          const int32_t other = candidates[i];
+          const int64_t pages = std::min(whole_chunks(leader), whole_chunks(other)) * pages_per_chunk;
+          const auto differ = std::mismatch(tables[leader], tables[leader] + pages, tables[other]);
+          const int64_t chunks = (differ.first - tables[leader]) / pages_per_chunk;
+          if (chunks > 0) {
+            common.push_back({chunks, other});
+          } else {
+            rest.push_back(other);
+          }
+        }
+        std::stable_sort(common.begin(), common.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+        size_t best = 0;  // how many of them join
+        int64_t best_saved = 0;
+        for (size_t n = 1; n <= common.size(); ++n) {
+          const int64_t saved = static_cast<int64_t>(n) * common[n - 1].first;
+          if (saved > best_saved) {
+            best_saved = saved;
+            best = n;
+          }
+        }
+        for (size_t n = best; n < common.size(); ++n) rest.push_back(common[n].second);
+        // They have the leader's first page still: the next round begins with them.
+        i -= rest.size();
+        std::copy(rest.begin(), rest.end(), candidates.begin() + static_cast<int64_t>(i));
+        if (best == 0) continue;
+        SharedPrefix prefix{{leader}, {batch.segments[leader].q_begin}, common[best - 1].first};
+        for (size_t n = 0; n < best; ++n) {
+          prefix.segments.push_back(common[n].second);
+          prefix.tokens.push_back(batch.segments[common[n].second].q_begin);
+        }
+        shared_prefixes[g].push_back(std::move(prefix));
+      }
+    }
+  }
+
   void PlanAttention(const NodeDesc& node, const StepBatch& batch) {
-    const int64_t window = node.ints[5];
+    const int64_t group = node.ints[3], window = node.ints[5];
     const auto num_kv_heads = static_cast<int32_t>(node.ints[1]);
     const auto group_size = static_cast<int32_t>(node.ints[0] / node.ints[1]);
+    const auto partial_floats = static_cast<int64_t>(AttentionPartialFloats(static_cast<int32_t>(node.ints[2])));
     const int32_t queries = std::max(1, kAttentionRows / group_size);
     attention_items.clear();
     attention_cuts.clear();
-    int64_t total_cost = 0;
+    int64_t total_cost = 0, partials = 0;
+    // Room for the partial results of rows x chunks, or -1 where there is none.
+    const auto take = [&](int64_t rows, int64_t chunks) {
+      const int64_t floats = rows * group_size * chunks * partial_floats;
+      if (static_cast<size_t>(partials + floats) * sizeof(float) > kMaxPartialBytes) return int64_t{-1};
+      partials += floats;
+      return partials - floats;
+    };
+
+    struct Behind {  // what a segment has of a shared prefix; head h's results are h * head_floats further
+      int64_t chunks = 0, partial = -1, head_floats = 0;
+      int64_t own_partial = -1;  // of the chunks behind it
+    };
+    std::vector<Behind> behind(batch.segments.size());
+    const auto num_chunks = [&](int32_t s) { return CeilDiv(batch.segments[s].kv_len, kAttentionChunk); };
+    const std::vector<SharedPrefix>& prefixes = shared_prefixes[group];
+    for (size_t p = 0; window == 0 && p < prefixes.size(); ++p) {
+      const SharedPrefix& prefix = prefixes[p];
+      const auto rows = static_cast<int32_t>(prefix.segments.size());
+      int64_t own_chunks = 0;
+      for (int32_t s : prefix.segments) own_chunks += num_chunks(s) - prefix.chunks;
+      const int64_t room = take(num_kv_heads, rows * prefix.chunks + own_chunks);
+      if (room < 0) continue;  // each for itself
+      const int64_t row_floats = group_size * prefix.chunks * partial_floats, head_floats = rows * row_floats;
+      int64_t own_partial = room + num_kv_heads * head_floats;
+      for (int32_t i = 0; i < rows; ++i) {
+        const int32_t s = prefix.segments[i];
+        behind[s] = {prefix.chunks, room + i * row_floats, head_floats, own_partial};
+        own_partial += num_kv_heads * (num_chunks(s) - prefix.chunks) * group_size * partial_floats;
+      }
+      // A few rows cost what reading costs, more of them what multiplying does.
+      const int64_t cost = prefix.chunks * kAttentionChunk * (1 + rows / kRowsPerReading);
+      total_cost += cost * num_kv_heads;
+      for (int32_t head = 0; head < num_kv_heads; ++head) {
+        attention_items.push_back({.segment = prefix.segments[0], .kv_head = head, .first_row = 0, .num_rows = rows,
+                                   .first_chunk = 0, .num_chunks = prefix.chunks, .chunk_begin = 0,
+                                   .chunk_end = prefix.chunks, .cost = cost, .partial = room + head * head_floats,
+                                   .prefix = static_cast<int32_t>(p)});
+      }
+    }
     for (size_t s = 0; s < batch.segments.size(); ++s) {
       const Segment& segment = batch.segments[s];
       for (int32_t first = 0; first < segment.q_len; first += queries) {
         const int32_t rows = std::min(queries, segment.q_len - first);
         const int64_t hi = segment.kv_len - segment.q_len + first + rows;
-        const int64_t lo = window > 0 ? std::max<int64_t>(0, hi - rows + 1 - window) : 0;
+        const int64_t lo = std::max(window > 0 ? std::max<int64_t>(0, hi - rows + 1 - window) : 0,
+                                    behind[s].chunks * kAttentionChunk);
         const int64_t first_chunk = lo / kAttentionChunk, end_chunk = CeilDiv(hi, kAttentionChunk);
         const int64_t cost = rows * (hi - lo);
         total_cost += cost * num_kv_heads;
         for (int32_t head = 0; head < num_kv_heads; ++head) {
-          attention_items.push_back({static_cast<int32_t>(s), head, first, rows, first_chunk, end_chunk - first_chunk,
-                                     first_chunk, end_chunk, cost, -1});
+          AttentionItem item{.segment = static_cast<int32_t>(s), .kv_head = head, .first_row = first,
+                             .num_rows = rows, .first_chunk = first_chunk, .num_chunks = end_chunk - first_chunk,
+                             .chunk_begin = first_chunk, .chunk_end = end_chunk, .cost = cost};
+          if (behind[s].chunks > 0) {
+            item.shared_chunks = behind[s].chunks;
+            item.shared_partial = behind[s].partial + head * behind[s].head_floats;
+            item.partial = behind[s].own_partial + head * item.num_chunks * group_size * partial_floats;
+            attention_cuts.push_back(item);
+          }
+          attention_items.push_back(item);
         }
       }
     }
     // Cut what is longer than its share; the absolute positions of the cuts are chunks', wherever they lie.
     const int64_t share = std::max<int64_t>(1, total_cost / (kTilesPerThread * pool.num_threads()));
-    const auto partial_floats = static_cast<int64_t>(AttentionPartialFloats(static_cast<int32_t>(node.ints[2])));
-    int64_t partials = 0;
     const size_t num_uncut = attention_items.size();
     for (size_t i = 0; pool.num_threads() > 1 && i < num_uncut; ++i) {
       AttentionItem item = attention_items[i];
-      const int64_t pieces = std::min(CeilDiv(item.cost, share), item.num_chunks / kMinCutChunks);
+      const int64_t least = item.prefix >= 0 ? 1 : kMinCutChunks;
+      const int64_t pieces = std::min(CeilDiv(item.cost, share), item.num_chunks / least);
       if (pieces < 2) continue;
-      const int64_t floats = int64_t{item.num_rows} * group_size * item.num_chunks * partial_floats;
-      if (static_cast<size_t>(partials + floats) * sizeof(float) > kMaxPartialBytes) continue;
-      item.partial = partials;
-      partials += floats;
-      attention_cuts.push_back(item);
+      if (item.partial < 0) {
+        item.partial = take(item.num_rows, item.num_chunks);
+        if (item.partial < 0) continue;
+        attention_cuts.push_back(item);
+      }
       const int64_t length = CeilDiv(item.num_chunks, pieces), end_chunk = item.chunk_end;
       item.cost = CeilDiv(item.cost, pieces);
       item.chunk_end = item.chunk_begin + length;
@@ -322,7 +442,11 @@ struct CpuRunner::Impl {
         args.q_len = item.num_rows;
         args.first_position = segment.kv_len - segment.q_len + item.first_row;
         args.scratch = attention_scratch[thread].data();
-        if (item.partial >= 0) args.partial = static_cast<float*>(attention_partials.data()) + item.partial;
+        float* const results = static_cast<float*>(attention_partials.data());
+        if (item.partial >= 0) args.partial = results + item.partial;
+        if (item.prefix >= 0) args.tokens = shared_prefixes[group][item.prefix].tokens.data();
+        if (item.shared_partial >= 0) args.shared = results + item.shared_partial;
+        args.shared_chunks = item.shared_chunks;
         args.first_chunk = item.first_chunk;
         args.num_chunks = item.num_chunks;
         args.chunk_begin = item.chunk_begin;
@@ -539,6 +663,7 @@ void CpuRunner::Forward(const StepBatch& batch, const RowTable& rows) {
   im.arena.Poison(RowSym::kL);
   im.last_tokens = batch.num_tokens;
   if (batch.num_tokens == 0) return;
+  im.FindSharedPrefixes(batch);
   im.RunSegment(SegmentKind::kForward, [&](const NodeDesc& node) { im.RunNode(node, batch, batch.num_tokens, 0); });
 }
 

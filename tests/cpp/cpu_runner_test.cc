@@ -943,6 +943,52 @@ TEST(CpuRunnerCuts, KeysCutAmongThreadsGiveTheSameBits) {
   }
 }
 
+// Rows that decode together behind prefixes of two chunks, and one, in the same pages: what is computed for several rows at
+// once is what each has alone.
+TEST(CpuRunnerCuts, SharedPrefixesGiveTheSameBits) {
+  constexpr int32_t kPrompt = 590, kLong = kPrompt + 4;
+  struct Sharer {
+    int32_t row, with, len;
+  };
+  constexpr Sharer kSharers[] = {{0, -1, 0}, {1, 0, 544}, {2, 0, 288}, {3, 1, 528}, {4, -1, 0}, {5, 2, 560}};
+  for (const Shape& shape : kShapes) {
+    for (DType act : {DType::kF32, DType::kBF16}) {
+      for (bool int8_kv : {false, true}) {
+        Model model(shape, act);
+        CpuRunnerConfig config;
+        config.isa = BestIsa();
+        config.int8_kv = int8_kv;
+        std::vector<std::vector<int32_t>> tokens;
+        std::vector<std::vector<uint8_t>> want;
+        for (const Sharer& s : kSharers) {
+          tokens.push_back(Tokens(kLong, shape.vocab, 40 + s.row));
+          if (s.with >= 0) std::copy_n(tokens[s.with].begin(), s.len, tokens.back().begin());
+          Bench alone(&model, config, 9);
+          alone.AddRow(0, tokens.back());
+          for (int32_t at = 0; at < kLong; at += 198) alone.Step({{0, 198}});
+          want.push_back(alone.Bits(0, kPrompt));
+        }
+        for (int32_t threads : {1, 3}) {
+          config.num_threads = threads;
+          Bench bench(&model, config, 10);
+          for (const Sharer& s : kSharers) {
+            bench.AddRow(s.row, tokens[s.row], 0, s.with, s.len);
+            for (int32_t at = s.len; at < kPrompt; at += 256) bench.Step({{s.row, std::min(256, kPrompt - at)}});
+          }
+          bench.Step({{0, 1}, {1, 1}, {2, 1}, {3, 1}, {4, 1}, {5, 1}});
+          bench.Step({{5, 1}, {3, 1}, {4, 2}, {0, 1}, {1, 1}, {2, 1}});
+          bench.Step({{2, 1}, {5, 2}, {3, 1}, {1, 2}, {0, 2}});
+          bench.Step({{3, 1}, {2, 1}, {4, 1}});
+          for (const Sharer& s : kSharers) {
+            EXPECT_EQ(bench.Bits(s.row, kPrompt), want[s.row])
+                << shape.name << (int8_kv ? " int8, " : ", ") << threads << " threads, row " << s.row;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(CpuRunnerTest, StepsThatDoNotFitAreRefused) {
   CpuRunnerConfig config;
   config.max_step_tokens = 20;
