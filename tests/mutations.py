@@ -56,6 +56,24 @@ MUTATIONS = (
         BITWISE,
     ),
     Mutation(
+        "results-behind-a-prefix-are-swapped", "cpp/program/cpu_runner.cc",
+        "room + i * row_floats, head_floats",
+        "room + (i + 1) % rows * row_floats, head_floats",
+        "ctest:cpu_runner_test",
+    ),
+    Mutation(
+        "prefix-longer-than-it-is-shared", "cpp/program/cpu_runner.cc",
+        "(differ.first - tables[leader]) / pages_per_chunk;",
+        "(differ.first - tables[leader]) / pages_per_chunk + 1;",
+        "ctest:cpu_runner_test",
+    ),
+    Mutation(
+        "stolen-run-is-left-with-its-owner", "cpp/program/thread_pool.cc",
+        "Pack(begin, middle), std::memory_order_relaxed)) continue;",
+        "Pack(begin, middle + (end - begin > 4)), std::memory_order_relaxed)) continue;",
+        "ctest:thread_pool_test",
+    ),
+    Mutation(
         "bits-depend-on-cache-hits", "cpp/batch/row_table.cc",
         "for (int64_t p = begin; p < end; ++p) out->positions.push_back(p);",
         "for (int64_t p = begin; p < end; ++p) out->positions.push_back(p + (row.init.kv_len > 0));",
