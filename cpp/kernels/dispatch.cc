@@ -1,4 +1,4 @@
-// Which ISA levels this machine has, and their tables.
+// Which ISA levels this machine has and this build was compiled for, and their tables.
 #include <string>
 #include <string_view>
 
@@ -91,12 +91,13 @@ Isa ParseIsa(const char* name) {
     available += available.empty() ? "" : ", ";
     available += IsaName(isa);
   }
-  throw InvalidArgument(StrCat("isa must be auto or a level of this machine (", available, "), got \"", wanted,
+  throw InvalidArgument(StrCat("isa must be auto or a level of this machine and build (", available, "), got \"",
+                               wanted,
                                "\"; unset SAPWOOD_CPU_ISA to use the best one"));
 }
 
 const KernelTable& Kernels(Isa isa) {
-  SAPWOOD_REQUIRE(IsaSupported(isa), "isa must be a level of this machine, got ", IsaName(isa));
+  SAPWOOD_REQUIRE(IsaSupported(isa), "isa must be a level of this machine and build, got ", IsaName(isa));
   return *CompiledTable(isa);
 }
 

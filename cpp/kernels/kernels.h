@@ -183,7 +183,7 @@ struct KernelTable {
 // Best level this CPU has (cpuid and XCR0).
 Isa BestIsa();
 bool IsaSupported(Isa isa);
-// "auto" or empty = BestIsa(). Throws InvalidArgument naming the levels this machine has.
+// "auto" or empty = BestIsa(). Throws InvalidArgument naming the levels of this machine and build.
 Isa ParseIsa(const char* name);
 const KernelTable& Kernels(Isa isa);
 

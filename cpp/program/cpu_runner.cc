@@ -141,7 +141,7 @@ struct CpuRunner::Impl {
     SAPWOOD_REQUIRE(config.num_kv_heads > 0 && config.head_dim > 0, "num_kv_heads and head_dim must be positive, got ",
                     config.num_kv_heads, " and ", config.head_dim);
     SAPWOOD_REQUIRE(config.max_step_tokens > 0, "max_step_tokens must be positive, got ", config.max_step_tokens);
-    SAPWOOD_REQUIRE(IsaSupported(config.isa), "this machine has no ", IsaName(config.isa), "; its best level is ",
+    SAPWOOD_REQUIRE(IsaSupported(config.isa), "this machine or build has no ", IsaName(config.isa), "; the best level is ",
                     IsaName(BestIsa()));
     CheckProgram(program, {&config.groups, config.num_kv_heads, config.head_dim});
     SAPWOOD_REQUIRE(weights->act() == program.act, "weights and program must have one act dtype");

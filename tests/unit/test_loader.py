@@ -78,7 +78,9 @@ def test_isa_override(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAPWOOD_CPU_ISA", "scalar")
     assert loaded(model_dir).runner.isa == "scalar"
     monkeypatch.setenv("SAPWOOD_CPU_ISA", "avx9")
-    with pytest.raises(InvalidRequest, match="SAPWOOD_CPU_ISA 'avx9' is not available here; this machine has: scalar"):
+    with pytest.raises(
+        InvalidRequest, match="SAPWOOD_CPU_ISA 'avx9' is not available here; this machine and build have: scalar"
+    ):
         load(settings(model_dir))
     assert loaded(model_dir, cpu_isa="scalar").runner.isa == "scalar"  # a setting is stronger than the variable
 

@@ -82,8 +82,8 @@ def kv_groups(program: Program, page_size: int, *, int8_kv: bool = False) -> lis
 
 
 def resolve_isa(config: EngineConfig) -> str:
-    """The kernels' level: the setting, else SAPWOOD_CPU_ISA, else the best this machine has. InvalidRequest names
-    its levels.
+    """The kernels' level: the setting, else SAPWOOD_CPU_ISA, else the best that this machine has and this build was
+    compiled for. InvalidRequest names those.
     """
     isa: str = config.cpu_isa
     source = "cpu_isa"
@@ -92,7 +92,7 @@ def resolve_isa(config: EngineConfig) -> str:
     levels = _core.isa_levels()
     if isa != "auto" and isa not in levels:
         raise InvalidRequest(
-            f"{source} {isa!r} is not available here; this machine has: {', '.join(levels)}", "cpu_isa"
+            f"{source} {isa!r} is not available here; this machine and build have: {', '.join(levels)}", "cpu_isa"
         )
     return _core.best_isa() if isa == "auto" else isa
 
