@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/check.cuh"
+#include "common/launch.cuh"
 #include "common/vector.cuh"
 #include "elementwise/params.h"
 
@@ -50,14 +51,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename X>
-void Launch(const SapwoodRmsNormParams& p, cudaStream_t stream) {
+void LaunchRows(const SapwoodRmsNormParams& p, cudaStream_t stream) {
   const X* x = static_cast<const X*>(p.x);
   __nv_bfloat16* y = static_cast<__nv_bfloat16*>(p.y);
   const bool vector = p.hidden % 4 == 0 && p.x_stride % 4 == 0 && p.y_stride % 4 == 0 && Aligned(x, 4 * sizeof(X)) &&
                       Aligned(y, 8) && Aligned(p.weight, 16);
   const auto kernel = vector ? RmsNormKernel<X, true> : RmsNormKernel<X, false>;
-  kernel<<<p.num_rows, kThreads, 0, stream>>>(x, p.weight, y, p.x_stride, p.y_stride, p.hidden, p.eps,
-                                              p.plus_one != 0 ? 1.0f : 0.0f);
+  Launch(kernel, p.num_rows, kThreads, 0, stream, x, p.weight, y, p.x_stride, p.y_stride, p.hidden, p.eps,
+         p.plus_one != 0 ? 1.0f : 0.0f);
 }
 
 }  // namespace
@@ -79,9 +80,9 @@ int sapwood_cuda_rms_norm(const SapwoodRmsNormParams* params, void* stream) {
                        "rms_norm: x, weight and y must not be null, got %p, %p, %p", p.x,
                        static_cast<const void*>(p.weight), p.y);
   if (p.x_dtype == SAPWOOD_CUDA_F32) {
-    sapwood_cuda::Launch<float>(p, static_cast<cudaStream_t>(stream));
+    sapwood_cuda::LaunchRows<float>(p, static_cast<cudaStream_t>(stream));
   } else {
-    sapwood_cuda::Launch<__nv_bfloat16>(p, static_cast<cudaStream_t>(stream));
+    sapwood_cuda::LaunchRows<__nv_bfloat16>(p, static_cast<cudaStream_t>(stream));
   }
   return sapwood_cuda::LaunchStatus("rms_norm");
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/check.cuh"
+#include "common/launch.cuh"
 #include "common/vector.cuh"
 #include "elementwise/params.h"
 
@@ -127,7 +128,7 @@ int sapwood_cuda_rope_kv_write(const SapwoodRopeKvWriteParams* params, void* str
   const int64_t blocks = (items + sapwood_cuda::kWarps - 1) / sapwood_cuda::kWarps;
   SAPWOOD_CUDA_REQUIRE(blocks <= INT32_MAX, "rope_kv_write: num_tokens = %d times its heads is too many for one launch",
                        p.num_tokens);
-  sapwood_cuda::RopeKvWriteKernel<<<static_cast<unsigned>(blocks), sapwood_cuda::kWarps * sapwood_cuda::kWarp, 0,
-                                    static_cast<cudaStream_t>(stream)>>>(p);
+  sapwood_cuda::Launch(sapwood_cuda::RopeKvWriteKernel, static_cast<unsigned>(blocks),
+                       sapwood_cuda::kWarps * sapwood_cuda::kWarp, 0, static_cast<cudaStream_t>(stream), p);
   return sapwood_cuda::LaunchStatus("rope_kv_write");
 }

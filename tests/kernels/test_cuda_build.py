@@ -1,12 +1,11 @@
 """libsapwood_cuda.so without a GPU: it builds, loads, exports only launchers, and refuses wrong arguments.
 
-Needs nvcc and cmake, or SAPWOOD_CUDA_LIB = a library that is already built. What the kernels compute is checked on a
-GPU by bench/gpu_suite.py.
+Needs nvcc and cmake, or SAPWOOD_CUDA_LIB = a library that is already built. What the kernels compute is checked by
+test_cuda_kernels.py, and on a GPU by bench/gpu_suite.py.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import re
@@ -18,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from sapwood.program.cuda_library import OPS, CudaLibrary, Params, RmsNormParams, RopeKvWriteParams
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,38 +48,36 @@ def library_path(suite: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def library(suite: ModuleType, library_path: Path) -> ctypes.CDLL:
-    loaded: ctypes.CDLL = suite.load_library(library_path)
-    return loaded
+def library(library_path: Path) -> CudaLibrary:
+    return CudaLibrary(library_path)
 
 
-def refusal(library: ctypes.CDLL, name: str, params: ctypes.Structure) -> str:
+def refusal(library: CudaLibrary, op: str, params: Params) -> str:
     """The error text of a call that must be refused before anything is launched."""
-    assert getattr(library, name)(ctypes.byref(params), None) == -1
-    text: bytes = library.sapwood_cuda_last_error()
-    return text.decode()
+    assert library.status(op, params) == -1
+    return library.last_error()
 
 
-def rms_norm(suite: ModuleType, **changes: Any) -> Any:
+def rms_norm(**changes: Any) -> RmsNormParams:
     fields = dict(x_dtype=0, x=64, weight=64, y=64, x_stride=8, y_stride=8, num_rows=1, hidden=8, eps=1e-5, plus_one=0)
-    return suite.RmsNormParams(**{**fields, **changes})
+    return RmsNormParams(**{**fields, **changes})
 
 
-def rope(suite: ModuleType, **changes: Any) -> Any:
+def rope(**changes: Any) -> RopeKvWriteParams:
     pointers = ("qkv", "q_out", "k_pages", "v_pages", "slots", "positions", "cos", "sin")
     fields: dict[str, Any] = dict.fromkeys(pointers, 64)
     fields |= dict(num_tokens=1, qkv_stride=32, q_stride=16, page_stride=128, norm_eps=1e-6)
     fields |= dict(num_q_heads=2, num_kv_heads=1, head_dim=8, rotary_dim=8, page_size=16)
-    return suite.RopeKvWriteParams(**{**fields, **changes})
+    return RopeKvWriteParams(**{**fields, **changes})
 
 
-def test_exports_the_launchers_and_nothing_else(suite: ModuleType, library_path: Path) -> None:
+def test_exports_the_launchers_and_nothing_else(library_path: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not on the PATH")
     command = ["nm", "-D", "--defined-only", str(library_path)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     symbols = {line.split()[-1] for line in listing.splitlines()}
-    assert symbols == {"sapwood_cuda_abi_version", "sapwood_cuda_last_error", *suite.OPS}
+    assert symbols == {"sapwood_cuda_abi_version", "sapwood_cuda_last_error", *(f"sapwood_cuda_{op}" for op in OPS)}
 
 
 def test_needs_no_cuda_library_to_load(library_path: Path) -> None:
@@ -89,18 +88,18 @@ def test_needs_no_cuda_library_to_load(library_path: Path) -> None:
     assert needed and not [name for name in needed if "cuda" in name or "nv" in name]
 
 
-def test_another_struct_size_is_refused(suite: ModuleType, library: ctypes.CDLL) -> None:
-    for name, params in (("rms_norm", rms_norm(suite)), ("rope_kv_write", rope(suite))):
+def test_another_struct_size_is_refused(library: CudaLibrary) -> None:
+    for name, params in (("rms_norm", rms_norm()), ("rope_kv_write", rope())):
         expected = params.struct_size
         params.struct_size = expected - 8
-        text = refusal(library, f"sapwood_cuda_{name}", params)
+        text = refusal(library, name, params)
         assert text.startswith(f"{name}: params.struct_size is {expected - 8}, this library expects {expected}")
 
 
-def test_null_params_are_refused(suite: ModuleType, library: ctypes.CDLL) -> None:
-    for name in suite.OPS:
-        assert getattr(library, name)(None, None) == -1
-        assert b"params is null" in library.sapwood_cuda_last_error()
+def test_null_params_are_refused(library: CudaLibrary) -> None:
+    for op in OPS:
+        assert library.status(op, None) == -1
+        assert "params is null" in library.last_error()
 
 
 @pytest.mark.parametrize(
@@ -115,10 +114,8 @@ def test_null_params_are_refused(suite: ModuleType, library: ctypes.CDLL) -> Non
         ({"weight": None}, "must not be null"),
     ],
 )
-def test_rms_norm_names_the_wrong_argument(
-    suite: ModuleType, library: ctypes.CDLL, changes: dict[str, Any], said: str
-) -> None:
-    text = refusal(library, "sapwood_cuda_rms_norm", rms_norm(suite, **changes))
+def test_rms_norm_names_the_wrong_argument(library: CudaLibrary, changes: dict[str, Any], said: str) -> None:
+    text = refusal(library, "rms_norm", rms_norm(**changes))
     assert text.startswith("rms_norm: ") and said in text
 
 
@@ -141,16 +138,14 @@ def test_rms_norm_names_the_wrong_argument(
         ({"q_out": 66}, "aligned to 4 bytes"),
     ],
 )
-def test_rope_kv_write_names_the_wrong_argument(
-    suite: ModuleType, library: ctypes.CDLL, changes: dict[str, Any], said: str
-) -> None:
-    text = refusal(library, "sapwood_cuda_rope_kv_write", rope(suite, **changes))
+def test_rope_kv_write_names_the_wrong_argument(library: CudaLibrary, changes: dict[str, Any], said: str) -> None:
+    text = refusal(library, "rope_kv_write", rope(**changes))
     assert text.startswith("rope_kv_write: ") and said in text
 
 
-def test_nothing_to_do_needs_no_gpu(suite: ModuleType, library: ctypes.CDLL) -> None:
-    assert library.sapwood_cuda_rms_norm(ctypes.byref(rms_norm(suite, num_rows=0)), None) == 0
-    assert library.sapwood_cuda_rope_kv_write(ctypes.byref(rope(suite, num_tokens=0)), None) == 0
+def test_nothing_to_do_needs_no_gpu(library: CudaLibrary) -> None:
+    assert library.status("rms_norm", rms_norm(num_rows=0)) == 0
+    assert library.status("rope_kv_write", rope(num_tokens=0)) == 0
 
 
 def test_gpu_suite_says_why_it_cannot_run() -> None:

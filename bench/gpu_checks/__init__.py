@@ -1,0 +1,20 @@
+"""What the CUDA kernels must compute: every launcher of libsapwood_cuda.so against an fp64 reference by torch.
+
+Odd shapes, unaligned rows, NaN in all outputs before the call and in everything that must not be read, canaries around
+what must stay untouched, equal bits when a row is alone and among others, and when a call is repeated. The same checks
+run on a GPU (bench/gpu_suite.py) and on the CPU by the emulator (tests/kernels/test_cuda_kernels.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from gpu_checks.device import Device
+from gpu_checks.elementwise import check_rms_norm, check_rope_kv_write
+
+# Each returns its number of cases; AssertionError where one fails.
+CHECKS: Final[dict[str, Callable[[Device], int]]] = {
+    "rms_norm": check_rms_norm,
+    "rope_kv_write": check_rope_kv_write,
+}

@@ -1,0 +1,311 @@
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+// Saves the callee-saved registers, leaves the stack in *from and goes on where the one of `to` was left.
+extern "C" void SapwoodEmulatorSwitch(void** from, void* to);
+asm(R"(
+.text
+.globl SapwoodEmulatorSwitch
+.hidden SapwoodEmulatorSwitch
+.type SapwoodEmulatorSwitch, @function
+SapwoodEmulatorSwitch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kMaxShared = 227 * 1024;  // of sm_90
+constexpr unsigned char kPoison = 0xff;    // NaN as bf16 and f32
+
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes, valid;
+};
+
+// A fiber waits while *waits_for has the value it saw.
+struct Fiber {
+  void* stack_pointer = nullptr;
+  Thread where;
+  int index = 0;
+  bool done = false;
+  const uint64_t* waits_for = nullptr;
+  uint64_t seen = 0;
+  const char* reason = "";
+  std::vector<Copy> open_copies;
+  std::vector<std::vector<Copy>> groups;
+};
+
+struct Warp {
+  uint64_t generation = 0;
+  unsigned lanes = 0;  // that the block has
+  unsigned arrived = 0;
+  Exchange kind{};
+  unsigned mask = 0;
+  Deposits deposits[2];  // of this generation and the one before, which lanes may still be reading
+};
+
+struct Block {
+  uint64_t barrier_generation = 0;
+  int num_threads = 0, num_live = 0, at_barrier = 0;
+  int any = 0, all = 1, last_any = 0, last_all = 1;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Block block;
+  Fiber* current = nullptr;
+  void* scheduler = nullptr;
+  unsigned char* stacks = nullptr;
+  alignas(128) unsigned char shared[kMaxShared];
+  const std::function<void()>* kernel = nullptr;
+  std::string error;  // of the running launch
+  cudaError_t status = cudaSuccess;
+  std::string text;
+};
+
+Machine& TheMachine() {
+  static Machine machine;
+  return machine;
+}
+
+void Wait(const uint64_t* generation, const char* reason) {
+  Machine& m = TheMachine();
+  Fiber& me = *m.current;
+  me.waits_for = generation;
+  me.seen = *generation;
+  me.reason = reason;
+  SapwoodEmulatorSwitch(&me.stack_pointer, m.scheduler);
+}
+
+// Ends the launch: the fibers are left where they are.
+[[noreturn]] void Give(const std::string& error) {
+  Machine& m = TheMachine();
+  const dim3 b = m.current->where.block;
+  m.error = "thread " + std::to_string(m.current->index) + " of block (" + std::to_string(b.x) + ", " +
+            std::to_string(b.y) + ", " + std::to_string(b.z) + "): " + error;
+  void* nowhere;
+  SapwoodEmulatorSwitch(&nowhere, m.scheduler);
+  std::abort();
+}
+
+void OpenBarrier(Block& block) {
+  block.last_any = block.any;
+  block.last_all = block.all;
+  block.any = 0;
+  block.all = 1;
+  block.at_barrier = 0;
+  ++block.barrier_generation;
+}
+
+void FiberMain() {
+  Machine& m = TheMachine();
+  (*m.kernel)();
+  m.current->done = true;
+  Block& block = m.block;
+  if (--block.num_live > 0 && block.at_barrier == block.num_live) OpenBarrier(block);
+  void* nowhere;
+  SapwoodEmulatorSwitch(&nowhere, m.scheduler);
+  std::abort();
+}
+
+void Prepare(Fiber& fiber, unsigned char* stack) {
+  // As Switch leaves it: six registers, then where to return to; the ABI wants rsp % 16 == 8 at a function's entry.
+  auto* top = reinterpret_cast<void**>(stack + kStackBytes - 24);
+  *top = nullptr;
+  *--top = reinterpret_cast<void*>(&FiberMain);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber.stack_pointer = top;
+}
+
+std::string Deadlock(const Machine& m) {
+  std::string text = "threads wait for what will not come:";
+  const char* last = nullptr;
+  for (const Fiber& fiber : m.fibers) {
+    if (fiber.done || (last != nullptr && std::string(last) == fiber.reason)) continue;
+    last = fiber.reason;
+    text += " thread " + std::to_string(fiber.index) + " at " + fiber.reason + ";";
+  }
+  return text;
+}
+
+void RunBlock(Machine& m, const std::vector<int>& order, std::mt19937* random) {
+  int left = static_cast<int>(m.fibers.size());
+  std::vector<int> turn = order;
+  while (left > 0 && m.error.empty()) {
+    if (random != nullptr) std::shuffle(turn.begin(), turn.end(), *random);
+    bool ran = false;
+    for (const int i : turn) {
+      Fiber& fiber = m.fibers[i];
+      if (fiber.done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen)) continue;
+      fiber.waits_for = nullptr;
+      m.current = &fiber;
+      ran = true;
+      SapwoodEmulatorSwitch(&m.scheduler, fiber.stack_pointer);
+      if (!m.error.empty()) return;
+      left -= fiber.done;
+    }
+    if (!ran) m.error = Deadlock(m);
+  }
+}
+
+}  // namespace
+
+const Thread& Current() { return TheMachine().current->where; }
+unsigned char* DynamicShared() { return TheMachine().shared; }
+int Lane() { return TheMachine().current->index % 32; }
+
+void Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  Machine& m = TheMachine();
+  const size_t num_threads = size_t{block.x} * block.y * block.z;
+  if (num_threads == 0 || num_threads > kMaxThreads || shared_bytes > kMaxShared ||
+      size_t{grid.x} * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+    m.status = cudaErrorInvalidConfiguration;
+    m.text = "the launch's grid, block or shared memory is larger than a device has";
+    return;
+  }
+  if (m.stacks == nullptr) {
+    void* const memory = mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) std::abort();
+    m.stacks = static_cast<unsigned char*>(memory);
+  }
+  std::vector<int> order(num_threads);
+  for (size_t i = 0; i < num_threads; ++i) order[i] = static_cast<int>(i);
+  const char* const wanted = std::getenv("SAPWOOD_EMULATOR_ORDER");
+  const std::string order_name = wanted == nullptr ? "ascending" : wanted;
+  std::mt19937 random(order_name.find_first_not_of("0123456789") == std::string::npos ? std::stoul(order_name) : 0);
+  const bool shuffled = !order_name.empty() && order_name.find_first_not_of("0123456789") == std::string::npos;
+  if (order_name == "descending") std::reverse(order.begin(), order.end());
+
+  m.kernel = &kernel;
+  m.error.clear();
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x && m.error.empty(); ++x) {
+        std::memset(m.shared, kPoison, shared_bytes);
+        m.block = {};
+        m.block.num_threads = m.block.num_live = static_cast<int>(num_threads);
+        m.fibers.assign(num_threads, {});
+        m.warps.assign((num_threads + 31) / 32, {});
+        for (size_t i = 0; i < num_threads; ++i) {
+          Fiber& fiber = m.fibers[i];
+          fiber.index = static_cast<int>(i);
+          const auto t = static_cast<unsigned>(i);
+          fiber.where = {dim3(t % block.x, t / block.x % block.y, t / block.x / block.y), dim3(x, y, z), block, grid};
+          m.warps[i / 32].lanes |= 1u << (i % 32);
+          Prepare(fiber, m.stacks + i * kStackBytes);
+        }
+        RunBlock(m, order, shuffled ? &random : nullptr);
+      }
+    }
+  }
+  m.current = nullptr;
+  if (!m.error.empty()) {
+    m.status = cudaErrorLaunchFailure;
+    m.text = m.error;
+  }
+}
+
+void Barrier() { BarrierReduce(0, false); }
+
+int BarrierReduce(int value, bool all) {
+  Block& block = TheMachine().block;
+  block.any |= value != 0;
+  block.all &= value != 0;
+  if (++block.at_barrier == block.num_live) {
+    OpenBarrier(block);
+  } else {
+    Wait(&block.barrier_generation, "__syncthreads");
+  }
+  return all ? block.last_all : block.last_any;
+}
+
+const Deposits& Meet(Exchange kind, unsigned mask, const void* deposit, size_t bytes) {
+  static constexpr const char* kNames[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma"};
+  Machine& m = TheMachine();
+  Warp& warp = m.warps[m.current->index / 32];
+  const int lane = Lane();
+  if (mask != (mask & warp.lanes) || !(mask >> lane & 1)) Give("a mask names lanes that are not there, or not the caller");
+  if (warp.arrived != 0 && (warp.kind != kind || warp.mask != mask)) {
+    Give(std::string("reaches ") + kNames[static_cast<int>(kind)] + " where others of its warp are at " +
+         kNames[static_cast<int>(warp.kind)] + ", or with another mask");
+  }
+  warp.kind = kind;
+  warp.mask = mask;
+  warp.arrived |= 1u << lane;
+  const uint64_t generation = warp.generation;
+  if (bytes > 0) std::memcpy(warp.deposits[generation % 2][lane], deposit, bytes);
+  if (warp.arrived == mask) {
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    Wait(&warp.generation, kNames[static_cast<int>(kind)]);
+  }
+  return warp.deposits[generation % 2];
+}
+
+void CpAsync(void* shared, const void* global, int bytes, int valid_bytes) {
+  auto* const to = static_cast<unsigned char*>(shared);
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(global) % bytes != 0) {
+    Give("cp.async of " + std::to_string(bytes) + " bytes with an address that is not a multiple of them");
+  }
+  std::memset(to, kPoison, bytes);
+  TheMachine().current->open_copies.push_back({to, static_cast<const unsigned char*>(global), bytes, valid_bytes});
+}
+
+void CpAsyncCommit() {
+  Fiber& me = *TheMachine().current;
+  me.groups.push_back(std::move(me.open_copies));
+  me.open_copies.clear();
+}
+
+void CpAsyncWait(int groups_left) {
+  Fiber& me = *TheMachine().current;
+  const size_t arrive = me.groups.size() - std::min(me.groups.size(), static_cast<size_t>(groups_left));
+  for (size_t i = 0; i < arrive; ++i) {
+    for (const Copy& copy : me.groups[i]) {
+      std::memcpy(copy.to, copy.from, copy.valid);
+      std::memset(copy.to + copy.valid, 0, copy.bytes - copy.valid);
+    }
+  }
+  me.groups.erase(me.groups.begin(), me.groups.begin() + static_cast<std::ptrdiff_t>(arrive));
+}
+
+}  // namespace emulator
+
+cudaError_t cudaGetLastError() {
+  emulator::Machine& m = emulator::TheMachine();
+  const cudaError_t status = m.status;
+  m.status = cudaSuccess;
+  return status;
+}
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaSuccess ? "cudaSuccess" : error == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "cudaErrorInvalidConfiguration";
+}
+const char* cudaGetErrorString(cudaError_t) { return emulator::TheMachine().text.c_str(); }
