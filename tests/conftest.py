@@ -1,15 +1,20 @@
-"""Fixtures shared by all tests: the data folder and the tokenizers in it."""
+"""Fixtures shared by all tests: the data folder and the tokenizers in it, the CUDA kernels on the CPU."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from sapwood.program.cuda_library import CudaLibrary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,3 +68,25 @@ def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wordpiece")
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def emulated_tree() -> Path:
+    """Where tests/cuda is built. It is kept: a second run compiles what has changed."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the emulator switches stacks in x86-64 assembly")
+    beside_python = Path(sys.executable).with_name("cmake")
+    cmake = str(beside_python) if beside_python.exists() else shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not on the PATH")
+    tree = ROOT / "build-emulated"
+    subprocess.run([cmake, "-S", str(ROOT / "tests" / "cuda"), "-B", str(tree)], check=True, stdout=subprocess.DEVNULL)
+    jobs = str(len(os.sched_getaffinity(0)))
+    subprocess.run([cmake, "--build", str(tree), "--parallel", jobs], check=True, stdout=subprocess.DEVNULL)
+    return tree
+
+
+@pytest.fixture(scope="session")
+def emulated(emulated_tree: Path) -> CudaLibrary:
+    """The CUDA kernels on the CPU."""
+    return CudaLibrary(emulated_tree / "libsapwood_cuda_emulated.so")

@@ -44,6 +44,13 @@ __device__ __forceinline__ void LdMatrix4Transposed(uint32_t (&out)[4], const vo
                : "memory");
 }
 
+// 2^x to about 2 ulp, subnormals as zero; 2^-inf = 0.
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // d[16][8] += a[16][16] b[16][8], bf16 with f32 sums. With g = lane / 4 and t = lane % 4 a lane holds
 //   a: rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8 (pairs); b: rows 2t, 2t + 8 (pairs) of column g;
 //   d: row g columns 2t, 2t + 1, then row g + 8.

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "sapwood"
 # Where torch may be imported: the oracle runs on it, and the demo model was trained with it; serving on a CPU does not.
 TRAINING = ("sapling/muon.py", "sapling/network.py", "sapling/train.py")
-FRAMEWORKS = {"torch": ("program/reference.py", *TRAINING), "transformers": ()}
+FRAMEWORKS = {"torch": ("program/reference.py", "program/cuda.py", *TRAINING), "transformers": ()}
 # Who may hold the native core: those that hand it work. Policy, text and descriptions of models never do.
 CORE_USERS = (
     "program/",
@@ -98,7 +98,7 @@ def test_imports_are_absolute() -> None:
 def test_the_rules_can_fail(tmp_path: Path) -> None:
     (tmp_path / "program").mkdir()
     (tmp_path / "chat").mkdir()
-    for name in ("program/reference.py", "program/native.py"):
+    for name in ("program/reference.py", "program/cuda.py", "program/native.py"):
         (tmp_path / name).write_text("def f():\n    import torch.nn as nn\n    from sapwood import _core\n")
     (tmp_path / "chat" / "template.py").write_text(
         "if 0:\n    from transformers import AutoTokenizer\n"

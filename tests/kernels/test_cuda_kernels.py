@@ -1,5 +1,5 @@
-"""What the CUDA kernels compute, on the CPU: the checks of bench/gpu_checks/ over the emulated library, with the threads
-of a block in three orders. On a machine with a GPU, bench/gpu_suite.py runs the same checks there.
+"""What the CUDA kernels compute, on the CPU: the checks of bench/gpu_checks/ over the emulated library, with a block's
+threads in three orders. On a machine with a GPU, bench/gpu_suite.py runs the same checks there.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-from gpu_checks import CHECKS  # noqa: E402
-from gpu_checks.device import Device  # noqa: E402
+from gpu_checks import CHECKS
+from gpu_checks.device import Device
 
-from sapwood.program.cuda_library import OPS, CudaLibrary  # noqa: E402
+from sapwood.program.cuda_library import OPS, CudaLibrary
 
 ORDERS = ("ascending", "descending", "7")  # of threads: a missing barrier shows in one of them
 

@@ -154,23 +154,24 @@ std::string Deadlock(const Machine& m) {
   return text;
 }
 
-void RunBlock(Machine& m, const std::vector<int>& order, std::mt19937* random) {
-  int left = static_cast<int>(m.fibers.size());
-  std::vector<int> turn = order;
-  while (left > 0 && m.error.empty()) {
-    if (random != nullptr) std::shuffle(turn.begin(), turn.end(), *random);
-    bool ran = false;
-    for (const int i : turn) {
-      Fiber& fiber = m.fibers[i];
-      if (fiber.done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen)) continue;
-      fiber.waits_for = nullptr;
-      m.current = &fiber;
-      ran = true;
-      SapwoodEmulatorSwitch(&m.scheduler, fiber.stack_pointer);
-      if (!m.error.empty()) return;
-      left -= fiber.done;
+// Always the first thread in `order` that can run: it goes as far ahead of the others as barriers and exchanges allow.
+void RunBlock(Machine& m, const std::vector<int>& order) {
+  const auto can_run = [&](int i) {
+    const Fiber& fiber = m.fibers[i];
+    return !fiber.done && (fiber.waits_for == nullptr || *fiber.waits_for != fiber.seen);
+  };
+  for (size_t left = m.fibers.size(); left > 0;) {
+    const auto next = std::find_if(order.begin(), order.end(), can_run);
+    if (next == order.end()) {
+      m.error = Deadlock(m);
+      return;
     }
-    if (!ran) m.error = Deadlock(m);
+    Fiber& fiber = m.fibers[*next];
+    fiber.waits_for = nullptr;
+    m.current = &fiber;
+    SapwoodEmulatorSwitch(&m.scheduler, fiber.stack_pointer);
+    if (!m.error.empty()) return;
+    left -= fiber.done;
   }
 }
 
@@ -199,8 +200,8 @@ void Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   for (size_t i = 0; i < num_threads; ++i) order[i] = static_cast<int>(i);
   const char* const wanted = std::getenv("SAPWOOD_EMULATOR_ORDER");
   const std::string order_name = wanted == nullptr ? "ascending" : wanted;
-  std::mt19937 random(order_name.find_first_not_of("0123456789") == std::string::npos ? std::stoul(order_name) : 0);
   const bool shuffled = !order_name.empty() && order_name.find_first_not_of("0123456789") == std::string::npos;
+  std::mt19937 random(shuffled ? std::stoul(order_name) : 0);
   if (order_name == "descending") std::reverse(order.begin(), order.end());
 
   m.kernel = &kernel;
@@ -221,7 +222,8 @@ void Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
           m.warps[i / 32].lanes |= 1u << (i % 32);
           Prepare(fiber, m.stacks + i * kStackBytes);
         }
-        RunBlock(m, order, shuffled ? &random : nullptr);
+        if (shuffled) std::shuffle(order.begin(), order.end(), random);
+        RunBlock(m, order);
       }
     }
   }

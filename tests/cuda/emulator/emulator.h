@@ -4,8 +4,9 @@
 //
 // A block's threads are fibers of one OS thread, blocks run one after the other. A fiber runs until it waits: at a
 // barrier, or in a warp's exchange (shuffle, vote, ldmatrix, mma) for its 31 neighbours. Hence:
-//   - between two waits a thread runs alone, so a missing barrier shows only where the order of threads is against it:
-//     SAPWOOD_EMULATOR_ORDER = ascending (default), descending, or a number, which seeds a random order at every turn;
+//   - between two waits a thread runs alone, and of those that can run always the first in order, so a missing barrier
+//     shows only where the order is against it: SAPWOOD_EMULATOR_ORDER = ascending (default), descending, or a number,
+//     which seeds an order for each block;
 //   - dynamic shared memory begins as NaN in every block; what cp.async fetches arrives when it is waited for and not
 //     before, its place is NaN until then;
 //   - a barrier or an exchange that some thread never reaches, or that differs among a warp's lanes, ends the launch
@@ -136,6 +137,34 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
+// Of 32-bit integers, over the lanes of mask (sm_80 and later).
+namespace emulator {
+template <typename T, typename Fold>
+T Reduce(unsigned mask, T value, Fold fold) {
+  static_assert(sizeof(T) == 4);
+  const auto& all = Meet(Exchange::kVote, mask, &value, sizeof(T));
+  T out = value;
+  for (int lane = 0; lane < 32; ++lane) {
+    T other;
+    std::memcpy(&other, all[lane], sizeof(T));
+    if (mask >> lane & 1 && lane != Lane()) out = fold(out, other);
+  }
+  return out;
+}
+}  // namespace emulator
+template <typename T>
+T __reduce_max_sync(unsigned mask, T value) {
+  return ::emulator::Reduce(mask, value, [](T a, T b) { return std::max(a, b); });
+}
+template <typename T>
+T __reduce_min_sync(unsigned mask, T value) {
+  return ::emulator::Reduce(mask, value, [](T a, T b) { return std::min(a, b); });
+}
+template <typename T>
+T __reduce_add_sync(unsigned mask, T value) {
+  return ::emulator::Reduce(mask, value, [](T a, T b) { return static_cast<T>(a + b); });
+}
+
 // --- Arithmetic -----------------------------------------------------------------------------------------------------
 
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -160,6 +189,13 @@ inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(static_cast<unsigne
 inline int __ffs(int a) { return __builtin_ffs(a); }
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
+}
+// Truncates; the nearest end of the range where it is outside, 0 for NaN.
+inline unsigned __float2uint_rz(float a) {
+  return !(a > 0.0f) ? 0u : a >= 4294967296.0f ? 0xffffffffu : static_cast<unsigned>(a);
+}
 
 namespace emulator {
 template <typename To, typename From>
@@ -201,6 +237,12 @@ template <typename T, typename U>
 T atomicOr(T* p, U value) {
   const T before = *p;
   *p = before | static_cast<T>(value);
+  return before;
+}
+template <typename T, typename U>
+T atomicAnd(T* p, U value) {
+  const T before = *p;
+  *p = before & static_cast<T>(value);
   return before;
 }
 template <typename T, typename U, typename V>
@@ -284,6 +326,8 @@ inline void LdMatrix4Transposed(uint32_t (&out)[4], const void* row) {
     std::memcpy(&out[i], pair, 4);
   }
 }
+
+inline float Exp2(float x) { return std::exp2(x); }
 
 // mma.sync.m16n8k16 of bf16 with f32 sums.
 inline void MmaBf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
