@@ -10,11 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from gpu_checks.activation import check_silu_mul
+from gpu_checks.attention import check_attention, check_attention_merge, check_attention_plan
 from gpu_checks.device import Device
 from gpu_checks.elementwise import check_rms_norm, check_rope_kv_write
+from gpu_checks.matmul import check_small_gemm
+from gpu_checks.moe import check_moe_align, check_moe_combine, check_moe_gemm_small, check_moe_route
+from gpu_checks.sampling import check_sample
 
 # Each returns its number of cases; AssertionError where one fails.
 CHECKS: Final[dict[str, Callable[[Device], int]]] = {
     "rms_norm": check_rms_norm,
     "rope_kv_write": check_rope_kv_write,
+    "attention_plan": check_attention_plan,
+    "attention": check_attention,
+    "attention_merge": check_attention_merge,
+    "silu_mul": check_silu_mul,
+    "small_gemm": check_small_gemm,
+    "moe_route": check_moe_route,
+    "moe_align": check_moe_align,
+    "moe_gemm_small": check_moe_gemm_small,
+    "moe_combine": check_moe_combine,
+    "sample": check_sample,
 }

@@ -56,4 +56,21 @@ typedef struct {
 
 SAPWOOD_CUDA_API int sapwood_cuda_rope_kv_write(const SapwoodRopeKvWriteParams* params, void* stream);
 
+enum { SAPWOOD_CUDA_SILU = 0, SAPWOOD_CUDA_GELU = 1, SAPWOOD_CUDA_GELU_TANH = 2 };
+
+/* y[r][i] = bf16(act(x[r][i]) * x[r][width + i]), in fp32, rounded once. act is torch.nn.functional's silu, gelu (erf)
+ * or gelu(approximate="tanh"). The bits of an output depend on its two inputs alone. y may not overlap x. */
+typedef struct {
+  uint32_t struct_size;
+  int32_t activation; /* SAPWOOD_CUDA_SILU, _GELU or _GELU_TANH */
+  const void* x;      /* bf16 [num_rows][2 * width]: gate | up */
+  void* y;            /* bf16 [num_rows][width] */
+  int64_t x_stride;   /* elements between rows, >= 2 * width */
+  int64_t y_stride;   /* >= width */
+  int32_t num_rows;   /* 0: nothing is launched */
+  int32_t width;      /* 1 .. 65535 * 1024 */
+} SapwoodSiluMulParams;
+
+SAPWOOD_CUDA_API int sapwood_cuda_silu_mul(const SapwoodSiluMulParams* params, void* stream);
+
 #endif /* SAPWOOD_CUDA_ELEMENTWISE_PARAMS_H_ */

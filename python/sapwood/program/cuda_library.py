@@ -15,6 +15,10 @@ from sapwood.errors import SapwoodError
 ABI_VERSION: Final = 1
 F32: Final = 0
 BF16: Final = 1
+MOE_SOFTMAX: Final = 0
+MOE_SIGMOID: Final = 1
+MOE_GROUP_TOP2: Final = 0
+MOE_GROUP_MAX: Final = 1
 
 _I32: Final = ctypes.c_int32
 _I64: Final = ctypes.c_int64
@@ -71,9 +75,219 @@ class RopeKvWriteParams(Params):
     )
 
 
+class AttentionPlanParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("num_segments", _I32),
+        ("q_indptr", _PTR),
+        ("kv_lens", _PTR),
+        ("tiles", _PTR),
+        ("items", _PTR),
+        ("counts", _PTR),
+        ("max_tiles", _I32),
+        ("max_items", _I32),
+        ("group", _I32),
+        ("rows_per_tile", _I32),
+        ("chunk_len", _I32),
+        ("window", _I32),
+        ("min_rows", _I32),
+        ("max_rows", _I32),
+    )
+
+
+class AttentionParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("num_kv_heads", _I32),
+        ("q", _PTR),
+        ("out", _PTR),
+        ("q_stride", _I64),
+        ("out_stride", _I64),
+        ("k_pages", _PTR),
+        ("v_pages", _PTR),
+        ("page_stride", _I64),
+        ("page_table", _PTR),
+        ("table_stride", _I64),
+        ("page_rows", _PTR),
+        ("q_indptr", _PTR),
+        ("kv_lens", _PTR),
+        ("tiles", _PTR),
+        ("items", _PTR),
+        ("counts", _PTR),
+        ("partial_o", _PTR),
+        ("partial_ml", _PTR),
+        ("sinks", _PTR),
+        ("group", _I32),
+        ("head_dim", _I32),
+        ("page_size", _I32),
+        ("rows_per_tile", _I32),
+        ("chunk_len", _I32),
+        ("window", _I32),
+        ("scale", _F32),
+        ("softcap", _F32),
+        ("num_blocks", _I32),
+    )
+
+
+SILU: Final = 0
+GELU: Final = 1
+GELU_TANH: Final = 2
+
+
+class SiluMulParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("activation", _I32),
+        ("x", _PTR),
+        ("y", _PTR),
+        ("x_stride", _I64),
+        ("y_stride", _I64),
+        ("num_rows", _I32),
+        ("width", _I32),
+    )
+
+
+class SmallGemmParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("y_dtype", _I32),
+        ("x", _PTR),
+        ("w", _PTR),
+        ("bias", _PTR),
+        ("residual", _PTR),
+        ("y", _PTR),
+        ("x_stride", _I64),
+        ("w_stride", _I64),
+        ("residual_stride", _I64),
+        ("y_stride", _I64),
+        ("num_rows", _I32),
+        ("n", _I32),
+        ("k", _I32),
+    )
+
+
+class MoeRouteParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("logits_dtype", _I32),
+        ("logits", _PTR),
+        ("logits_stride", _I64),
+        ("bias", _PTR),
+        ("ids", _PTR),
+        ("weights", _PTR),
+        ("num_tokens", _I32),
+        ("num_experts", _I32),
+        ("top_k", _I32),
+        ("scoring", _I32),
+        ("num_groups", _I32),
+        ("topk_groups", _I32),
+        ("group_score", _I32),
+        ("renormalise", _I32),
+        ("scale", _F32),
+        ("reserved", _I32),
+    )
+
+
+class MoeAlignParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("num_pairs", _I32),
+        ("ids", _PTR),
+        ("sorted_pairs", _PTR),
+        ("block_expert", _PTR),
+        ("expert_offsets", _PTR),
+        ("num_padded", _PTR),
+        ("num_experts", _I32),
+        ("block", _I32),
+        ("capacity", _I32),
+        ("reserved", _I32),
+    )
+
+
+class MoeGemmSmallParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("y_dtype", _I32),
+        ("x", _PTR),
+        ("x_stride", _I64),
+        ("weight", _PTR),
+        ("expert_stride", _I64),
+        ("weight_stride", _I64),
+        ("sorted_pairs", _PTR),
+        ("block_expert", _PTR),
+        ("num_padded", _PTR),
+        ("pair_weight", _PTR),
+        ("y", _PTR),
+        ("y_stride", _I64),
+        ("num_pairs", _I32),
+        ("pairs_per_row", _I32),
+        ("capacity", _I32),
+        ("n", _I32),
+        ("k", _I32),
+        ("reserved", _I32),
+    )
+
+
+class MoeCombineParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("z_dtype", _I32),
+        ("z", _PTR),
+        ("z_stride", _I64),
+        ("weights", _PTR),
+        ("ids", _PTR),
+        ("shared", _PTR),
+        ("shared_stride", _I64),
+        ("y", _PTR),
+        ("y_stride", _I64),
+        ("shared_dtype", _I32),
+        ("y_dtype", _I32),
+        ("num_tokens", _I32),
+        ("top_k", _I32),
+        ("hidden", _I32),
+        ("num_experts", _I32),
+    )
+
+
+class SampleParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("num_rows", _I32),
+        ("vocab", _I32),
+        ("mask_stride", _I32),
+        ("logits", _PTR),
+        ("logits_stride", _I64),
+        ("temperature", _PTR),
+        ("top_k", _PTR),
+        ("top_p", _PTR),
+        ("min_p", _PTR),
+        ("seed", _PTR),
+        ("stream", _PTR),
+        ("position", _PTR),
+        ("want_logprob", _PTR),
+        ("mask", _PTR),
+        ("mask_index", _PTR),
+        ("banned_indptr", _PTR),
+        ("banned_ids", _PTR),
+        ("token", _PTR),
+        ("logprob", _PTR),
+        ("bad", _PTR),
+    )
+
+
 OPS: Final[dict[str, type[Params]]] = {
     "rms_norm": RmsNormParams,
     "rope_kv_write": RopeKvWriteParams,
+    "silu_mul": SiluMulParams,
+    "small_gemm": SmallGemmParams,
+    "attention_plan": AttentionPlanParams,
+    "attention": AttentionParams,
+    "attention_merge": AttentionParams,
+    "moe_route": MoeRouteParams,
+    "moe_align": MoeAlignParams,
+    "moe_gemm_small": MoeGemmSmallParams,
+    "moe_combine": MoeCombineParams,
+    "sample": SampleParams,
 }
 
 

@@ -1,0 +1,507 @@
+"""The keyed sampler. Its tokens must be those of the CPU's sampler (sapwood._core, which must be built).
+
+Both could be wrong alike, so two checks do without the CPU: what is drawn lies in the support that an fp64 sort finds,
+and frequencies follow the softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from gpu_checks.device import Device
+from gpu_checks.guard import before_guard
+from sapwood.program.cuda_library import SampleParams
+
+CANARY: Final = -77
+GUARD: Final = 16  # elements on both sides of an output
+LIST_SIZE: Final = 4096  # of the kernel: more candidates than that are searched in the row
+
+Logits = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The parameters of one row. masked: ids whose mask bit is not set; None: no mask."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 1234
+    stream: int = 0
+    position: int = 0
+    want_logprob: bool = False
+    banned: tuple[int, ...] = ()
+    masked: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    token: list[int]
+    logprob: torch.Tensor
+    bad: list[int]
+
+    def assert_equal(self, other: Drawn, what: str) -> None:
+        """Bit for bit, NaN included."""
+        assert self.token == other.token and self.bad == other.bad, what
+        assert torch.equal(self.logprob.view(torch.int32), other.logprob.view(torch.int32)), what
+
+
+def mask_words(draw: Draw, vocab: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The row of the mask; the bits past the vocabulary are random."""
+    words = (vocab + 31) // 32
+    bits = rng.integers(0, 2, words * 32, dtype=np.uint8)
+    bits[:vocab] = 1
+    bits[list(draw.masked or ())] = 0
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def sample(d: Device, logits: Logits, draws: list[Draw], lead: int = 0, pad: int = 0) -> Drawn:
+    """One call. `lead` and `pad`: columns of NaN before and after each row of logits."""
+    rows, vocab = logits.shape
+    rng = np.random.default_rng(vocab)
+    whole = np.full((rows, lead + vocab + pad), np.nan, dtype=np.float32)
+    whole[:, lead : lead + vocab] = logits
+    on_device = before_guard(d, torch.from_numpy(whole).to(d.name))
+
+    def column(name: str, dtype: type[np.generic]) -> torch.Tensor:
+        values = np.array([getattr(draw, name) for draw in draws], dtype)
+        return before_guard(d, torch.from_numpy(values.view(f"i{values.itemsize}")).to(d.name))
+
+    # A row of zeros forbids everything: rows that are not asked for are noticed.
+    words = (vocab + 31) // 32
+    mask_rows, mask_index = [np.zeros(words, np.int32)], []
+    for draw in draws:
+        mask_index.append(-1 if draw.masked is None else len(mask_rows))
+        if draw.masked is not None:
+            mask_rows += [mask_words(draw, vocab, rng), np.zeros(words, np.int32)]
+    has_mask, has_bans = len(mask_rows) > 1, any(draw.banned for draw in draws)
+    mask = before_guard(d, torch.from_numpy(np.pad(np.stack(mask_rows), ((0, 0), (0, pad)))).to(d.name))
+    index = torch.tensor(mask_index, dtype=torch.int32, device=d.name)
+    # The list of bans begins with ids that no row bans.
+    spare = list(range(min(vocab, 8)))
+    ends = len(spare) + np.cumsum([0] + [len(draw.banned) for draw in draws])
+    indptr = torch.tensor(ends, dtype=torch.int32, device=d.name)
+    banned = spare + [i for draw in draws for i in draw.banned]
+    ids = before_guard(d, torch.tensor(banned, dtype=torch.int32).to(d.name))
+
+    outputs = [
+        torch.full((rows + 2 * GUARD,), CANARY, dtype=dtype, device=d.name)
+        for dtype in (torch.int32, torch.float32, torch.int32)
+    ]
+    token, logprob, bad = (output[GUARD : GUARD + rows] for output in outputs)
+    # The columns must outlive the call.
+    columns = {name: column(name, np.float32) for name in ("temperature", "top_p", "min_p")}
+    columns |= {name: column(name, np.int32) for name in ("top_k", "want_logprob")}
+    columns |= {"seed": column("seed", np.uint64), "stream": column("stream", np.uint32)}
+    columns["position"] = column("position", np.int64)
+    d.call("sample", SampleParams(
+        num_rows=rows, vocab=vocab, mask_stride=mask.shape[1], logits=on_device[:, lead:].data_ptr(),
+        logits_stride=on_device.stride(0), mask=mask.data_ptr() if has_mask else None,
+        mask_index=index.data_ptr() if has_mask else None, banned_indptr=indptr.data_ptr() if has_bans else None,
+        banned_ids=ids.data_ptr() if has_bans else None, token=token.data_ptr(), logprob=logprob.data_ptr(),
+        bad=bad.data_ptr(), **{name: values.data_ptr() for name, values in columns.items()},
+    ))  # fmt: skip
+    for output in outputs:
+        outside = torch.cat((output[:GUARD], output[GUARD + rows :]))
+        assert (outside == CANARY).all(), "sample wrote outside its outputs"
+    return Drawn(token.tolist(), logprob.cpu(), bad.tolist())
+
+
+def cpu_sample(logits: Logits, draw: Draw) -> tuple[int, float, bool]:
+    """Token, log-probability and bad of the CPU's sampler."""
+    from sapwood import _core
+
+    return _core.sample_row(
+        logits, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p, min_p=draw.min_p, seed=draw.seed,
+        stream=draw.stream, position=draw.position, banned=[*draw.banned, *(draw.masked or ())],
+    )  # fmt: skip
+
+
+def assert_as_cpu(logits: Logits, draws: list[Draw], drawn: Drawn) -> None:
+    """Tokens equal; log-probabilities within rounding of fp64, and NaN where none is wanted.
+
+    The CPU adds them up in another order, but both in double: fp32 hardly sees it.
+    """
+    for row, draw in enumerate(draws):
+        token, cpu_logprob, bad = cpu_sample(logits[row], draw)
+        got = (drawn.token[row], bool(drawn.bad[row]))
+        assert got == (token, bad), f"row {row}: {got} drawn, the CPU draws {(token, bad)}: {draw}"
+        logprob = float(drawn.logprob[row])
+        if bad or not draw.want_logprob:
+            assert math.isnan(logprob), f"row {row}: log-probability {logprob}"
+            continue
+        assert abs(logprob - cpu_logprob) <= 1e-13, f"row {row}: {logprob}, the CPU has {cpu_logprob}: {draw}"
+        expected = float(torch.from_numpy(logits[row]).double().log_softmax(0)[token])
+        assert abs(logprob - expected) <= 2e-7 * (1 + abs(expected)), f"row {row}: {logprob}, not {expected}"
+
+
+# --- Rows and parameters --------------------------------------------------------------------------------------
+def random_logits(rng: np.random.Generator, vocab: int) -> Logits:
+    """Smooth, coarse (many ties), with -inf, nearly one-hot, of both zeros, with one likely token."""
+    row = rng.normal(0.0, rng.choice([0.01, 1.0, 3.0, 30.0]), vocab).astype(np.float32)
+    kind = rng.integers(0, 8)
+    if kind == 0:
+        row = np.round(row)
+    elif kind == 1:
+        row[rng.random(vocab) < 0.67] = -np.inf
+    elif kind == 2:
+        row[rng.integers(vocab)] += 40.0
+    elif kind == 3:
+        row = np.where(rng.random(vocab) < 0.5, np.float32(0.0), np.float32(-0.0))
+    elif kind == 4:
+        row = rng.normal(0.0, 2.5, vocab).astype(np.float32)
+        row[rng.integers(vocab)] = 17.0
+    return row
+
+
+def random_draw(rng: np.random.Generator, vocab: int) -> Draw:
+    """Every filter on or off, with bans and masks among them."""
+    few = int(rng.integers(1, 6 if rng.random() < 0.5 else vocab + 6))
+    banned = tuple(int(i) for i in rng.integers(-3, vocab + 3, rng.integers(1, 5)))
+    masked = tuple(int(i) for i in np.flatnonzero(rng.random(vocab) < rng.choice([0.02, 0.5, 0.98])))
+    return Draw(
+        temperature=float(rng.choice([0.0, 0.1, 0.7, 1.0, 1.5, 5.0])),
+        top_k=few if rng.random() < 0.5 else int(rng.integers(-1, 1)),
+        top_p=float(rng.random()) if rng.random() < 0.5 else 1.0,
+        min_p=float(rng.random() * rng.random()) if rng.random() < 0.5 else 0.0,
+        seed=int(rng.integers(-(2**63), 2**63 - 1)) & (2**64 - 1) if rng.random() < 0.5 else 7,
+        stream=int(rng.integers(0, 2**32)) if rng.random() < 0.5 else int(rng.integers(0, 4)),
+        position=int(rng.integers(0, 2**62)) if rng.random() < 0.5 else int(rng.integers(0, 10**5)),
+        want_logprob=bool(rng.random() < 0.5),
+        banned=banned if rng.random() < 0.3 else (),
+        masked=masked if rng.random() < 0.3 else None,
+    )
+
+
+@dataclass(frozen=True)
+class Support:
+    """What may be drawn, likeliest first, with probabilities. near: rounding may decide who belongs to it."""
+
+    ids: list[int]
+    probability: np.ndarray[Any, np.dtype[np.float64]]
+    near: bool
+
+
+def support_of(logits: Logits, draw: Draw) -> Support:
+    """By a full sort in fp64; the temperature is positive."""
+    temperature, top_p, min_p = (float(np.float32(x)) for x in (draw.temperature, draw.top_p, draw.min_p))
+    allowed = logits > -np.inf
+    allowed[[i for i in (*draw.banned, *(draw.masked or ())) if 0 <= i < len(logits)]] = False
+    ids = np.flatnonzero(allowed)
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    if draw.top_k > 0:
+        ids = ids[: draw.top_k]
+    if len(ids) == 0:
+        return Support([], np.zeros(0), False)
+    weight = np.exp((logits[ids].astype(np.float64) - float(logits[ids[0]])) / temperature)
+    near = False
+    if top_p < 1:
+        share = np.cumsum(weight) / weight.sum()
+        near |= bool((np.abs(share - top_p) < 2e-6).any())
+        weight = weight[: int(np.searchsorted(share, top_p)) + 1]
+    if min_p > 0:
+        near |= bool((np.abs(weight - min_p) < 1e-5 * min_p).any())
+        weight = weight[: max(int((weight >= min_p).sum()), 1)]
+    return Support(ids[: len(weight)].tolist(), weight / weight.sum(), near)
+
+
+# --- The checks -----------------------------------------------------------------------------------------------
+def check_random_rows(d: Device) -> int:
+    """Rows of every kind in one call: the CPU's token, out of the fp64 support; alone and repeated the same bits."""
+    rng = np.random.default_rng(17)
+    cases = compared = 0
+    for vocab, rows, lead, pad in (
+        (1, 5, 0, 0), (2, 8, 1, 3), (31, 20, 0, 1), (64, 16, 0, 0), (1000, 24, 4, 0), (4101, 12, 2, 7),
+        (32001, 10, 0, 0), (32001, 3, 0, 3),
+    ):  # fmt: skip
+        logits = np.stack([random_logits(rng, vocab) for _ in range(rows)])
+        draws = [random_draw(rng, vocab) for _ in range(rows)]
+        drawn = sample(d, logits, draws, lead, pad)
+        assert_as_cpu(logits, draws, drawn)
+        for row, draw in enumerate(draws):
+            if draw.temperature > 0:
+                support = support_of(logits[row], draw)
+                assert drawn.bad[row] == (not support.ids)
+                assert support.near or drawn.bad[row] or drawn.token[row] in support.ids, f"row {row}: {draw}"
+                compared += not support.near
+        alone = sample(d, logits[-1:], draws[-1:], 3 - lead % 4)
+        last = Drawn(drawn.token[-1:], drawn.logprob[-1:], drawn.bad[-1:])
+        last.assert_equal(alone, "a row's bits depend on the other rows or on alignment")
+        if vocab in (64, 4101):
+            drawn.assert_equal(sample(d, logits, draws, lead, pad), "the same call again gives other bits")
+        cases += rows
+    assert compared > cases // 2, "the margin leaves nothing to compare"
+    return cases
+
+
+def first_float(low: float, high: float, holds: Callable[[float], bool]) -> float:
+    """The smallest fp32 in (low, high] for which `holds`; it does for high and not for low, and changes once."""
+    a, b = (int(np.float32(x).view(np.int32)) for x in (low, high))
+    # Bits of the magnitude as integers, those of negative numbers below zero: in the order of the numbers.
+    a, b = (x if x >= 0 else -(x & 0x7FFFFFFF) for x in (a, b))
+    while b - a > 1:
+        middle = (a + b) // 2
+        if holds(float_of(middle)):
+            b = middle
+        else:
+            a = middle
+    return float_of(b)
+
+
+def float_of(order: int) -> float:
+    return math.copysign(float(np.int32(abs(order)).view(np.float32)), order)
+
+
+def keeping(logits: Logits, count: int, kind: str) -> Draw:
+    """Parameters that leave exactly the `count` likeliest tokens."""
+    if kind == "top_k":
+        return Draw(top_k=count)
+    everything = support_of(logits, Draw(top_k=2 * count if kind == "both" else 0)).probability
+    if kind == "min_p":
+        return Draw(min_p=float(everything[count - 1] + everything[count]) / 2 / float(everything[0]))
+    share = np.concatenate(([0.0], np.cumsum(everything)))
+    return Draw(top_k=2 * count if kind == "both" else 0, top_p=float(share[count - 1] + share[count]) / 2)
+
+
+def cut_draws(logits: Logits, count: int, kind: str) -> list[Draw]:
+    """At a position where the last of the `count` likeliest tokens wins: the parameter that just leaves it, and the
+    next one, which does not.
+    """
+    last = int(np.argsort(-logits, kind="stable")[count - 1])
+    wider, narrower = keeping(logits, count, kind), keeping(logits, count - 1, kind)
+    wins = (replace(wider, position=p) for p in range(40000))
+    found = next((draw for draw in wins if cpu_sample(logits, draw)[0] == last), None)
+    assert found is not None, "no position draws the last token"
+    if kind == "top_k":
+        return [found, replace(narrower, position=found.position)]
+    name = "min_p" if kind == "min_p" else "top_p"
+    sign = -1 if kind == "min_p" else 1  # a larger min_p leaves less
+
+    def with_value(value: float) -> Draw:
+        changed: dict[str, Any] = {name: sign * value}
+        return replace(found, **changed)
+
+    edge = first_float(
+        sign * getattr(narrower, name), sign * getattr(wider, name),
+        lambda value: cpu_sample(logits, with_value(value))[0] == last,
+    )  # fmt: skip
+    return [with_value(edge), with_value(float(np.nextafter(np.float32(edge), np.float32(-math.inf))))]
+
+
+def check_cuts(d: Device) -> int:
+    """The last token of the support is drawn where it wins, and with the next smaller support it is not.
+
+    In the list, and in rows whose bucket holds more than the list; with ties and without.
+    """
+    rng = np.random.default_rng(5)
+    cases = 0
+    for vocab in (1500, LIST_SIZE + 104):
+        smooth = rng.normal(0.0, 0.001, vocab).astype(np.float32)
+        ties = (np.round(smooth * 1000) / 256).astype(np.float32)
+        wide = rng.normal(0.0, 3.0, vocab).astype(np.float32)
+        draws_of = [
+            (smooth, [(kind, count) for kind in ("top_k", "top_p", "both", "min_p") for count in (2, 19)]),
+            (smooth, [("top_p", 2 * vocab // 3)]),
+            (ties, [(kind, count) for kind in ("top_k", "top_p", "both") for count in (2, 19)]),
+            (wide, [(kind, count) for kind in ("top_k", "top_p", "both") for count in (2, 19)]),
+        ]
+        draws = [draw for logits, kinds in draws_of for kind, count in kinds for draw in cut_draws(logits, count, kind)]
+        rows = np.stack([logits for logits, kinds in draws_of for _ in range(2 * len(kinds))])
+        drawn = sample(d, rows, draws)
+        assert_as_cpu(rows, draws, drawn)
+        for row, draw, token in zip(rows, draws, drawn.token, strict=True):
+            support = support_of(row, draw)
+            assert support.near or token in support.ids, f"{token} of {draw}"
+        cases += len(draws)
+    # Shares that are met exactly: p keeps p * vocab of equal tokens, the next float one more.
+    for vocab in (8, 2 * LIST_SIZE):
+        rows = np.full((4, vocab), -3.0, np.float32)
+        exact = [Draw(top_p=4 / vocab), Draw(top_p=float(np.nextafter(np.float32(4 / vocab), np.float32(1))))]
+        position = next(p for p in range(1000) if cpu_sample(rows[0], replace(exact[1], position=p))[0] == 4)
+        draws = [replace(draw, position=p) for draw in exact for p in (position, position + 1)]
+        drawn = sample(d, rows, draws)
+        assert_as_cpu(rows, draws, drawn)
+        assert drawn.token[0] < 4 and drawn.token[2] == 4, "a share that is met exactly is cut elsewhere"
+        cases += 4
+    return cases
+
+
+def check_scores(d: Device) -> int:
+    """To the last bit: noise and z, by the two neighbouring logits between which a draw of two tokens changes hands; exp,
+    by log-probabilities near 0. And the largest noise.
+    """
+    rng = np.random.default_rng(3)
+    rows, draws = [], []
+    positions = 150 if d.name == "cpu" else 3000
+    for position in range(positions):
+        draw = Draw(position=position, seed=5, temperature=float(rng.choice([0.3, 1.0, 1.7])))
+
+        def second_wins(logit: float, draw: Draw = draw) -> bool:
+            return cpu_sample(np.array([0.25, logit], np.float32), draw)[0] == 1
+
+        edge = first_float(-50.0, 50.0, second_wins)
+        for logit in (edge, np.nextafter(np.float32(edge), np.float32(-math.inf))):
+            rows.append(np.array([0.25, logit], np.float32))
+            draws.append(draw)
+    drawn = sample(d, np.stack(rows), draws)
+    assert_as_cpu(np.stack(rows), draws, drawn)
+    assert drawn.token == [1, 0] * positions
+    cases = len(draws)
+
+    rows = [np.array([0.0, -x], np.float32) for x in rng.uniform(3.0, 12.0, positions)]
+    draws = [Draw(temperature=0.0, want_logprob=True)] * positions
+    assert_as_cpu(np.stack(rows), draws, sample(d, np.stack(rows), draws))
+    cases += len(draws)
+
+    # The largest noise of 4e8: it wins from far below the most likely token.
+    from sapwood import _core
+
+    lucky, draw = 930, Draw(position=248150)
+    noise = [_core.keyed_gumbel(_core.keyed_bits(draw.seed, 0, draw.position, i)) for i in (0, lucky)]
+    assert noise[1] > 18
+    far = np.full((1, 1000), -60.0, np.float32)
+    far[0, 0], far[0, lucky] = 0.0, noise[0] - noise[1] + 0.01
+    drawn = sample(d, far, [draw])
+    assert_as_cpu(far, [draw], drawn)
+    assert drawn.token == [lucky]
+    return cases + 1
+
+
+def check_large_rows(d: Device) -> int:
+    """Supports that do not fit the list, the largest vocabulary, and noise that is skipped in a long row."""
+    rng = np.random.default_rng(9)
+    vocab = 32003
+    logits = np.stack([
+        np.full(vocab, 1.5, np.float32), rng.normal(0.0, 0.5, vocab), np.round(rng.normal(0.0, 1.0, vocab)),
+        rng.normal(0.0, 2.5, vocab),
+    ]).astype(np.float32)  # fmt: skip
+    logits[3, 30000] = 17.0
+    filters: list[dict[str, Any]] = [
+        {}, {"top_p": 0.5}, {"top_k": 20000, "top_p": 0.7}, {"top_k": 9000, "min_p": 0.5}, {"temperature": 8.0},
+        {"temperature": 0.05, "top_k": 50},
+    ]  # fmt: skip
+    draws = [Draw(position=p, **chosen) for p, chosen in enumerate(filters) for _ in logits]
+    rows = np.concatenate([logits] * len(filters))
+    assert_as_cpu(rows, draws, sample(d, rows, draws, pad=1))
+    cases = len(draws)
+
+    vocab = 262144
+    largest = rng.normal(0.0, 2.5, (3, vocab)).astype(np.float32)
+    largest[:, -1] = 14.0
+    half = tuple(range(0, vocab, 2))
+    draws = [
+        Draw(want_logprob=True, masked=half), Draw(top_k=40, top_p=0.9, masked=tuple(range(1, vocab, 2))),
+        Draw(temperature=0.0, want_logprob=True, banned=(vocab - 1,)),
+    ]  # fmt: skip
+    assert_as_cpu(largest, draws, sample(d, largest, draws))
+    return cases + len(draws)
+
+
+def check_edges(d: Device) -> int:
+    """Broken rows, rows with nothing to draw, one token to draw, and temperatures at the ends of fp32."""
+    rng = np.random.default_rng(4)
+    cases = 0
+    for vocab in (1, 33, 4098):
+        rows, draws = [], []
+        for at in {0, vocab // 2, vocab - 1}:
+            for temperature in (0.0, 1.0):
+                for value, masked in ((np.nan, None), (np.inf, None), (np.nan, (at,)), (np.inf, (at,))):
+                    row = np.ones(vocab, np.float32)
+                    row[at] = value
+                    rows.append(row)
+                    draws.append(Draw(temperature=temperature, want_logprob=True, masked=masked))
+        everything = tuple(range(vocab))
+        for temperature in (0.0, 1.0, math.nan):
+            rows += [np.full(vocab, -np.inf, np.float32), np.ones(vocab, np.float32), np.ones(vocab, np.float32)]
+            draws += [
+                Draw(temperature=temperature, top_k=1), Draw(temperature=temperature, masked=everything),
+                Draw(temperature=temperature, top_p=0.5, banned=everything),
+            ]  # fmt: skip
+        drawn = sample(d, np.stack(rows), draws)
+        assert all(drawn.bad) and set(drawn.token) == {-1}, "a row without a token is not said to be bad"
+        assert_as_cpu(np.stack(rows), draws, drawn)
+        cases += len(draws)
+
+    only = np.full(500, -np.inf, np.float32)
+    only[321] = -3e38
+    spread = rng.normal(0.0, 3.0, 500).astype(np.float32)
+    spread[10], spread[11], spread[12] = -3e38, -np.inf, 3e38
+    narrow = rng.normal(0.0, 3.0, 500).astype(np.float32)
+    zeros = np.array([-1.0, -0.0, 0.0], np.float32).repeat(100)
+    # One case each: fewer tokens than k; ids of bans that are none; a banned logit far above the others, which counts
+    # in the log-probability; a difference that overflows.
+    special: list[tuple[Logits, Draw]] = [
+        (np.where(np.arange(500) < 20, np.float32(0), np.float32(-np.inf)), Draw(top_k=100)),
+        (np.where(np.arange(500) // 3 == 9, np.float32(0), np.float32(-np.inf)),
+         Draw(banned=(-1, -2, -3, -4, -5, -32, -(2**31), 500, 511, 2**31 - 1))),
+        (np.where(np.arange(500) == 7, np.float32(300), narrow), Draw(banned=(7,), want_logprob=True)),
+        (np.where(np.arange(500) == 7, np.float32(3e38), only), Draw(temperature=math.inf)),
+    ]  # fmt: skip
+    for row, draw in special:
+        stacked, draws = np.repeat(row[None], 6, 0), [replace(draw, position=p) for p in range(6)]
+        drawn = sample(d, stacked, draws)
+        assert_as_cpu(stacked, draws, drawn)
+        assert len(set(drawn.token)) > 1 and not any(drawn.bad)
+        cases += len(draws)
+    for row in (only, spread, narrow, zeros):
+        temperatures = (0.0, -1.0, math.nan, 1e-45, 1e-38, 1e-10, 0.01, 1e30, 3e38, math.inf)
+        filters: list[dict[str, Any]] = [
+            {}, {"top_k": 1}, {"top_k": 5, "min_p": 0.5}, {"top_p": 0.0}, {"top_p": 0.5, "min_p": 1e-40},
+            {"top_k": 600, "top_p": math.nan, "min_p": math.nan}, {"top_p": 1e-45, "min_p": 5.0},
+            {"top_p": 1 - 2**-24}, {"top_p": -1.0, "min_p": -1.0, "top_k": -(2**31)},
+        ]  # fmt: skip
+        draws = []
+        for n, temperature in enumerate(temperatures):
+            # All filters with a few of the temperatures, all temperatures with a few of the filters.
+            for m, chosen in enumerate(filters):
+                if n % 5 == m % 5:
+                    draws.append(Draw(temperature=temperature, position=n * 100 + m, want_logprob=True, **chosen))
+        stacked = np.repeat(row[None], len(draws), 0)
+        drawn = sample(d, stacked, draws, pad=1)
+        assert_as_cpu(stacked, draws, drawn)
+        assert not any(drawn.bad)
+        cases += len(draws)
+    return cases
+
+
+def check_distribution(d: Device) -> int:
+    """Frequencies over consecutive positions against the softmax of what the filters leave, by chi-square."""
+    rng = np.random.default_rng(99)
+    logits = rng.normal(0.0, 1.0, 12).astype(np.float32)
+    plain = Draw(seed=42)
+    cases = 0
+    for draw, count in (
+        (plain, 120), (replace(plain, temperature=3.0, top_k=6), 40),
+        (replace(plain, temperature=2.5, top_k=9, top_p=0.9, min_p=0.1), 60),
+    ):  # fmt: skip
+        count *= 1 if d.name == "cpu" else 1000
+        draws = [replace(draw, position=p) for p in range(count)]
+        drawn = sample(d, np.repeat(logits[None], count, 0), draws)
+        support = support_of(logits, draw)
+        assert not support.near and set(drawn.token) <= set(support.ids)
+        tokens, expected = np.array(drawn.token), support.probability * count
+        seen = np.array([(tokens == i).sum() for i in support.ids])
+        common = expected >= 5
+        assert common.sum() >= 4
+        degrees = common.sum() - 1
+        chi = (((seen - expected) ** 2 / expected)[common]).sum()
+        # Wilson and Hilferty's normal deviate of chi-square: beyond 4.9 has probability 5e-7.
+        deviate = ((chi / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
+        assert abs(deviate) < 4.9, f"chi-square {chi:.1f} of {degrees} degrees of freedom: {draw}"
+        cases += count
+    return cases
+
+
+def check_sample(d: Device) -> int:
+    """The number of rows compared. AssertionError where one fails."""
+    checks = (
+        check_random_rows, check_cuts, check_scores, check_large_rows, check_edges, check_distribution,
+    )  # fmt: skip
+    return sum(check(d) for check in checks)
