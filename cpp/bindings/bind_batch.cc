@@ -51,7 +51,41 @@ RowSpec MakeSpec(uint64_t ns, const Ints& tokens, int64_t prompt_len, int64_t ma
 
 py::tuple AdmittedTuple(const Admitted& a) { return py::make_tuple(a.row, a.gen, a.cached_len); }
 
-// Prepare's arrays for a Python executor. The RowTable and what the sampler needs stay on this side.
+// [L] arrays of SamplingRow's fields, by their names in cuda/sampling/params.h; banned ids as banned_indptr, banned_ids.
+py::dict SamplingDict(const StepBatch& batch, const RowTable& rows) {
+  std::vector<float> temperature, top_p, min_p;
+  std::vector<int32_t> top_k, want_logprob, banned_indptr{0}, banned_ids;
+  std::vector<uint64_t> seed;
+  std::vector<uint32_t> stream;
+  std::vector<int64_t> position;
+  for (size_t l = 0; l < batch.logit_src.size(); ++l) {
+    const SamplingRow row = SamplingOf(batch, rows, static_cast<int32_t>(l));
+    temperature.push_back(row.temperature);
+    top_p.push_back(row.top_p);
+    min_p.push_back(row.min_p);
+    top_k.push_back(row.top_k);
+    want_logprob.push_back(row.want_logprob);
+    seed.push_back(row.seed);
+    stream.push_back(row.stream);
+    position.push_back(row.position);
+    banned_ids.insert(banned_ids.end(), row.banned.begin(), row.banned.end());
+    banned_indptr.push_back(static_cast<int32_t>(banned_ids.size()));
+  }
+  py::dict out;
+  out["temperature"] = Copy<float>(temperature);
+  out["top_p"] = Copy<float>(top_p);
+  out["min_p"] = Copy<float>(min_p);
+  out["top_k"] = Copy<int32_t>(top_k);
+  out["want_logprob"] = Copy<int32_t>(want_logprob);
+  out["seed"] = Copy<uint64_t>(seed);
+  out["stream"] = Copy<uint32_t>(stream);
+  out["position"] = Copy<int64_t>(position);
+  out["banned_indptr"] = Copy<int32_t>(banned_indptr);
+  out["banned_ids"] = Copy<int32_t>(banned_ids);
+  return out;
+}
+
+// Prepare's arrays for a Python executor. The RowTable stays on this side.
 py::dict PreparedDict(const StepPlan& plan, const StepBatch& batch, const RowTable& rows) {
   py::dict out;
   out["tokens"] = Copy<int32_t>(batch.tokens);
@@ -79,6 +113,7 @@ py::dict PreparedDict(const StepPlan& plan, const StepBatch& batch, const RowTab
   out["slots"] = slots;
   out["page_tables"] = tables;
   out["copies"] = copies;
+  out["sampling"] = SamplingDict(batch, rows);
   return out;
 }
 
@@ -198,7 +233,7 @@ void BindBatch(py::module_& m) {
           py::arg("row"), py::arg("group") = 0)
       .def("check_invariants", &BatchBuilder::CheckInvariants);
 
-  // `prepare` and `sample` are one step: the batch prepared last is what sample() commits to.
+  // `prepare`, and `sample` or `commit`, are one step: the batch prepared last is what is committed to.
   struct PyRowTable {
     RowTable rows;
     StepBatch batch;
@@ -232,6 +267,21 @@ void BindBatch(py::module_& m) {
             return FinishStep(plan, t.batch, sampled, &t.rows);
           },
           py::arg("plan"), py::arg("prepared"), py::arg("logits"))
+      .def(
+          "commit",
+          [](PyRowTable& t, const StepPlan& plan, const py::array_t<int32_t>& tokens, const py::array_t<float>& logprobs,
+             const py::array_t<int32_t>& bad) {
+            SAPWOOD_REQUIRE(t.batch.step_id == plan.step_id, "commit: the step prepared last is ", t.batch.step_id,
+                            ", not ", plan.step_id);
+            const auto num_rows = static_cast<int64_t>(t.batch.logit_src.size());
+            SAPWOOD_REQUIRE(tokens.ndim() == 1 && tokens.shape(0) == num_rows && logprobs.ndim() == 1 &&
+                                logprobs.shape(0) == num_rows && bad.ndim() == 1 && bad.shape(0) == num_rows,
+                            "commit: tokens, logprobs and bad must be [", num_rows, "]");
+            std::vector<SampledToken> sampled(num_rows);
+            for (int64_t l = 0; l < num_rows; ++l) sampled[l] = {tokens.at(l), logprobs.at(l), bad.at(l) != 0};
+            return FinishStep(plan, t.batch, sampled, &t.rows);
+          },
+          py::arg("plan"), py::arg("tokens"), py::arg("logprobs"), py::arg("bad"))
       // What an executor reports of a step that raised: no items, only why.
       .def_static(
           "fail",

@@ -2,12 +2,9 @@
 
 #include <limits>
 
-#include "sampling/sampler.h"
-
 namespace sapwood {
 
-SampledToken SampleLogitRow(const StepBatch& batch, const RowTable& rows, int32_t l, const float* logits,
-                            const float* block_max, int32_t vocab, float* scratch) {
+SamplingRow SamplingOf(const StepBatch& batch, const RowTable& rows, int32_t l) {
   const RowState& state = rows.row(batch.segments[batch.logit_segment[l]].row);
   const RowInit& init = state.init;
   const int64_t position = batch.positions[batch.logit_src[l]] + 1;
@@ -21,7 +18,12 @@ SampledToken SampleLogitRow(const StepBatch& batch, const RowTable& rows, int32_
                   .banned = {},
                   .want_logprob = init.return_logprob != 0};
   if (position < init.min_len) row.banned = state.stop_ids;
-  const SampleOutcome outcome = SampleRow(logits, block_max, vocab, row, scratch);
+  return row;
+}
+
+SampledToken SampleLogitRow(const StepBatch& batch, const RowTable& rows, int32_t l, const float* logits,
+                            const float* block_max, int32_t vocab, float* scratch) {
+  const SampleOutcome outcome = SampleRow(logits, block_max, vocab, SamplingOf(batch, rows, l), scratch);
   return {outcome.token, outcome.logprob, outcome.bad};
 }
 

@@ -5,12 +5,16 @@
 #include <span>
 
 #include "batch/row_table.h"
+#include "sampling/sampler.h"
 
 namespace sapwood {
 
+// How logit row `l` of the batch is sampled. The drawn token's absolute position is its query token's position + 1; stop
+// ids are banned while fewer than min_len tokens exist. Its spans look into rows.
+SamplingRow SamplingOf(const StepBatch& batch, const RowTable& rows, int32_t l);
+
 // Sample logit row `l` of the batch. logits f32 [vocab]; block_max as in sampling/sampler.h, or null; scratch:
-// SamplerScratch(vocab) floats. The drawn token's absolute position is its query token's position + 1; stop ids are
-// banned while fewer than min_len tokens exist.
+// SamplerScratch(vocab) floats.
 SampledToken SampleLogitRow(const StepBatch& batch, const RowTable& rows, int32_t l, const float* logits,
                             const float* block_max, int32_t vocab, float* scratch);
 

@@ -204,8 +204,11 @@ class RowTable:
     def prepare(self, plan: StepPlan) -> dict[str, Any]: ...
     # applies row_ops, then: tokens positions token_segment logit_src logit_segment: int arrays;
     # segments: list of (row, item, q_begin, q_len, kv_len, rope_mode); slots: list per group of int64 [T];
-    # page_tables: [group][segment] int32 arrays; copies: list of (group, src, dst); skipped_items: list[int]
+    # page_tables: [group][segment] int32 arrays; copies: list of (group, src, dst); skipped_items: list[int];
+    # sampling: dict of [L] arrays by their names in cuda/sampling/params.h
     def sample(self, plan: StepPlan, prepared: dict[str, Any], logits: np.ndarray) -> StepResult: ...  # f32 [L, vocab]
+    # The same with what another sampler drew: int32, f32, int32 [L].
+    def commit(self, plan: StepPlan, tokens: np.ndarray, logprobs: np.ndarray, bad: np.ndarray) -> StepResult: ...
     @staticmethod
     def fail(plan: StepPlan, error: str) -> StepResult: ...  # the result of a step that raised: no items, only why
 

@@ -10,7 +10,8 @@ from golden_checkpoints import Built, hf_logits, log_softmax, prompts_of
 from golden_driver import Driver
 
 from sapwood.models.weights import Checkpoint, slot_array
-from sapwood.program.reference import ReferenceBatch, ReferenceModel
+from sapwood.program.plan_executor import PreparedBatch
+from sapwood.program.reference import ReferenceModel
 
 FORMATS = ("int8", "int4")
 
@@ -33,7 +34,7 @@ def test_logits_are_the_reference_s(built: Built, quantization: str, dtype: str)
         program, lambda slot: slot_array(slot, checkpoint, program.act), [16] * len(program.groups), 16,
         dtype=torch.float64,
     )  # fmt: skip
-    batch = ReferenceBatch.solo(tokens, num_groups=len(program.groups), rope_mode=mode, all_logits=False)
+    batch = PreparedBatch.solo(tokens, num_groups=len(program.groups), rope_mode=mode, all_logits=False)
     want = reference.run(batch)[0]
     assert got.logits is not None
     error = np.sqrt(np.mean((got.logits[0] - want) ** 2)) / want.std()

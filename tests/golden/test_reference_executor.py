@@ -12,7 +12,8 @@ from sapwood import _core
 from sapwood.config import EngineConfig
 from sapwood.models.loader import load
 from sapwood.models.weights import Checkpoint, slot_array
-from sapwood.program.reference import ReferenceBatch, ReferenceModel, compare, native_outputs
+from sapwood.program.plan_executor import PreparedBatch
+from sapwood.program.reference import ReferenceModel, compare, native_outputs
 
 LENGTH = 90
 INT8_FLIPS = 8e-3
@@ -35,7 +36,7 @@ def test_reference_in_float64_is_transformers(built: Built) -> None:
     with Driver(built.f32_dir, dtype="float32") as driver:
         model = reference_of(built, driver)
         mode = driver.model.rope_mode(len(tokens))
-    batch = ReferenceBatch.solo(tokens, num_groups=len(model.program.groups), rope_mode=mode)
+    batch = PreparedBatch.solo(tokens, num_groups=len(model.program.groups), rope_mode=mode)
     expected = log_softmax(hf_logits(built.f32, tokens))
     assert np.abs(log_softmax(model.run(batch)) - expected).max() < 1e-4
 
@@ -46,9 +47,9 @@ def test_reference_does_not_depend_on_chunks(built: Built) -> None:
         whole, chunked = reference_of(built, driver), reference_of(built, driver)
         mode = driver.model.rope_mode(len(tokens))
     groups = len(whole.program.groups)
-    expected = whole.run(ReferenceBatch.solo(tokens, num_groups=groups, rope_mode=mode))
+    expected = whole.run(PreparedBatch.solo(tokens, num_groups=groups, rope_mode=mode))
     parts = [
-        chunked.run(ReferenceBatch.solo(tokens[at : at + 19], num_groups=groups, past=at, rope_mode=mode))
+        chunked.run(PreparedBatch.solo(tokens[at : at + 19], num_groups=groups, past=at, rope_mode=mode))
         for at in range(0, LENGTH, 19)
     ]
     np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-5)
@@ -85,7 +86,7 @@ def test_native_agrees_with_reference_node_by_node(built: Built, kv: str, rtol: 
             int8_kv=kv == "int8",
         )
         expected: dict[str, np.ndarray] = {}
-        batch = ReferenceBatch.solo(tokens, num_groups=len(model.groups), rope_mode=mode, all_logits=False)
+        batch = PreparedBatch.solo(tokens, num_groups=len(model.groups), rope_mode=mode, all_logits=False)
         reference.run(batch, keep=expected)
         assert expected.keys() == got.keys()
         assert compare(expected, got, rtol=rtol) == []
@@ -106,7 +107,7 @@ def test_int8_kv_is_the_references_int8_kv(built: Built) -> None:
     for model in (rounds, exact):
         square = count = 0.0
         for prompt, result, mode in zip(prompts, results, modes, strict=True):
-            batch = ReferenceBatch.solo(
+            batch = PreparedBatch.solo(
                 prompt + result.tokens[:-1], num_groups=len(model.program.groups), rope_mode=mode
             )
             expected = log_softmax(model.run(batch)[len(prompt) - 1 :])

@@ -296,10 +296,3 @@ def test_kv_cache_dtype_is_the_models_or_int8(act: str, asked: str) -> None:
     with pytest.raises(InvalidRequest, match=f"int8 or the model's dtype {act}, got {asked}") as caught:
         native.has_int8_kv(record_decoder(tiny(), act, 64), config)
     assert caught.value.param == "kv_cache_dtype"
-
-
-def test_cuda_executor_says_it_is_not_there() -> None:
-    from sapwood.program import cuda
-
-    with pytest.raises(InvalidRequest, match="'cuda' is not in this version"):
-        cuda.make_executor(record())

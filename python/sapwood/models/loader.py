@@ -15,6 +15,7 @@ from typing import Any
 
 from sapwood import _core
 from sapwood.config import EngineConfig
+from sapwood.errors import InternalError
 from sapwood.memory.sizing import max_positions, require_free, size_pool
 from sapwood.models import hub, registry
 from sapwood.models.config import HfConfig, eos_token_ids, generation_defaults
@@ -160,6 +161,7 @@ def _start(
             return native.make_executor(runner, groups, config), runner, groups, num_pages
         case "reference":
             from sapwood.program import reference  # torch: seconds to import, and not installed to serve
+            from sapwood.program.plan_executor import PlanExecutor
 
             groups = _reference_groups(program, config.page_size)
             _require_room(sum(4 * math.prod(slot.shape) for slot in program.slots), program)
@@ -173,15 +175,25 @@ def _start(
             )
             rows = _core.RowTable(groups, config.max_running_requests)
             return (
-                reference.ReferenceExecutor(runner, rows, trace_capacity=config.trace_capacity),
+                PlanExecutor(runner, rows, trace_capacity=config.trace_capacity),
                 runner,
                 groups,
                 num_pages,
             )
-        case _:
-            from sapwood.program import cuda
+        case "cuda":
+            from sapwood.program import cuda  # torch, as above
+            from sapwood.program.plan_executor import PlanExecutor
 
-            cuda.make_executor(program)
+            cuda.check_supported(program, config)
+            library, device = cuda.open_device()
+            groups = cuda.kv_groups(program, config.page_size)
+            weights = cuda.upload_weights(program, lambda slot: slot_array(slot, checkpoint, program.act), device)
+            num_pages = size_pool(config, groups, context_len=context_len, free_bytes=cuda.free_bytes(device))
+            runner = cuda.CudaModel(program, weights, num_pages, config.page_size, device=device, library=library)
+            rows = _core.RowTable(groups, config.max_running_requests)
+            return PlanExecutor(runner, rows, trace_capacity=config.trace_capacity), runner, groups, num_pages
+        case _:
+            raise InternalError(f"no device {config.device!r}")
 
 
 def _require_room(num_bytes: int, program: Program) -> None:

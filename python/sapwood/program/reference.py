@@ -2,25 +2,17 @@
 one.
 
 It shares nothing with the core's arithmetic: dense matrix products, whole softmaxes, no tiles, no packing,
-activations never rounded. What it does share are the page tables, so a wrong page shows here as well. Three parts:
+activations never rounded. What it does share are the page tables, so a wrong page shows here as well. Two parts:
 
-    ReferenceModel      the forward of one batch, node by node; every node's output can be kept and compared
-    ReferenceExecutor   the interface of _core.Executor around it (submit, drain, fileno, ...), on a thread of its own
-    compare             where two sets of node outputs first differ
+    ReferenceModel   the forward of one batch, node by node; every node's output can be kept and compared
+    compare          where two sets of node outputs first differ
 
-The only file of the package that imports torch; models/loader.py imports it for device "reference", tests for diffs.
+models/loader.py imports it for device "reference" and runs it by plan_executor.py, tests import it for diffs.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
-import logging
-import os
-import queue
-import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,63 +21,12 @@ import numpy as np
 from sapwood.errors import InvalidRequest, MissingExtra
 from sapwood.program.ir import Node, Program, WeightSlot
 from sapwood.program.ops import LOGIT_BLOCK, QUANT_BLOCK
+from sapwood.program.plan_executor import PreparedBatch
 
 try:
     import torch
 except ImportError:
     raise MissingExtra("device 'reference' needs torch: pip install 'sapwood[test]'") from None
-
-log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class ReferenceBatch:
-    """What one forward reads: _core.RowTable.prepare's arrays (see cpp/batch/row_table.h), or `solo`'s.
-
-    tokens, positions   [T]
-    segments            (row, item, q_begin, q_len, kv_len after this step, rope_mode) of each live item
-    slots               per group: [T] page * page_size + offset, where each token's KV goes
-    page_tables         [group][segment]: page ids by absolute page index, -1 below a window
-    logit_src           [L] query tokens that yield logits
-    """
-
-    tokens: np.ndarray[Any, Any]
-    positions: np.ndarray[Any, Any]
-    segments: Sequence[tuple[int, int, int, int, int, int]]
-    slots: Sequence[np.ndarray[Any, Any]]
-    page_tables: Sequence[Sequence[np.ndarray[Any, Any]]]
-    logit_src: np.ndarray[Any, Any]
-    copies: Sequence[tuple[int, int, int]] = ()
-
-    @classmethod
-    def from_prepared(cls, prepared: Mapping[str, Any]) -> ReferenceBatch:
-        return cls(**{f.name: prepared[f.name] for f in dataclasses.fields(cls)})
-
-    @classmethod
-    def solo(
-        cls,
-        tokens: Sequence[int],
-        *,
-        num_groups: int = 1,
-        page_size: int = 16,
-        past: int = 0,
-        rope_mode: int = 0,
-        all_logits: bool = True,
-    ) -> ReferenceBatch:
-        """One row's tokens after `past` earlier ones, in pages 0, 1, 2, ... of every group; logits of all tokens or
-        the last.
-        """
-        count = len(tokens)
-        positions = np.arange(past, past + count)
-        table = np.arange(-(-(past + count) // page_size))
-        return cls(
-            np.asarray(tokens),
-            positions,
-            [(0, 0, 0, count, past + count, rope_mode)],
-            [positions] * num_groups,
-            [[table]] * num_groups,
-            np.arange(count) if all_logits else np.array([count - 1]),
-        )
 
 
 class ReferenceModel:
@@ -128,7 +69,7 @@ class ReferenceModel:
     @torch.inference_mode()
     def run(
         self,
-        batch: ReferenceBatch,
+        batch: PreparedBatch,
         *,
         keep: dict[str, np.ndarray[Any, Any]] | None = None,
         on_head: Callable[[], None] | None = None,
@@ -160,11 +101,15 @@ class ReferenceModel:
                 logits = outputs[0]
         return logits.float().numpy()
 
+    def sample(self, rows: Any, plan: Any, prepared: dict[str, Any], logits: np.ndarray[Any, Any]) -> Any:
+        """By the core's sampler: the StepResult."""
+        return rows.sample(plan, prepared, np.ascontiguousarray(logits))
+
     def read_kv(self, group: int, layer_in_group: int, page: int, offset: int) -> np.ndarray[Any, Any]:
         """[2, num_kv_heads, head_dim]: K and V of one token of one layer."""
         return self._kv[group][layer_in_group, page * self.page_size + offset].numpy().copy()
 
-    def _run_node(self, node: Node, x: list[torch.Tensor], batch: ReferenceBatch) -> list[torch.Tensor]:
+    def _run_node(self, node: Node, x: list[torch.Tensor], batch: PreparedBatch) -> list[torch.Tensor]:
         w = [None if slot is None else self._weights[slot.id] for slot in node.weights]
         p = node.params
         match node.op:
@@ -197,7 +142,7 @@ class ReferenceModel:
                 return []
         raise InvalidRequest(f"the reference executor has no op {node.op!r} (node {node.name!r})")
 
-    def _qkv(self, node: Node, y: torch.Tensor, w: list[torch.Tensor | None], batch: ReferenceBatch) -> torch.Tensor:
+    def _qkv(self, node: Node, y: torch.Tensor, w: list[torch.Tensor | None], batch: PreparedBatch) -> torch.Tensor:
         p = node.params
         heads, kv_heads, dim = int(p["num_q_heads"]), int(p["num_kv_heads"]), int(p["head_dim"])
         qkv = _linear(y, w[:2]).view(-1, heads + 2 * kv_heads, dim)
@@ -216,7 +161,7 @@ class ReferenceModel:
         self._kv[int(p["kv_group"])][int(p["layer_in_group"]), slots] = torch.stack([k, v], dim=1)
         return q.reshape(len(batch.tokens), -1)
 
-    def _attention(self, node: Node, q: torch.Tensor, batch: ReferenceBatch) -> torch.Tensor:
+    def _attention(self, node: Node, q: torch.Tensor, batch: PreparedBatch) -> torch.Tensor:
         p = node.params
         group, dim, window = int(p["kv_group"]), int(p["head_dim"]), int(p["window"])
         kv_heads, share = int(p["num_kv_heads"]), int(p["num_q_heads"]) // int(p["num_kv_heads"])
@@ -361,143 +306,3 @@ def _read_int8_rows(raw: np.ndarray[Any, Any], cols: int) -> np.ndarray[Any, np.
     blocks = raw.view(block).reshape(-1, -(-cols // QUANT_BLOCK))
     rows = blocks["q"].astype(np.float32) * blocks["scale"][..., None]
     return np.ascontiguousarray(rows.reshape(len(blocks), -1)[:, :cols])
-
-
-# --- the executor
-
-
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """As _core.StepTrace: when a step was handed over, began, reached the head and was done (CLOCK_MONOTONIC ns)."""
-
-    step_id: int
-    submit_ns: int
-    start_ns: int
-    head_ns: int
-    done_ns: int
-    num_extend_items: int
-    num_decode_items: int
-
-
-class ReferenceExecutor:
-    """_core.Executor's interface around a ReferenceModel: one thread takes StepPlans in order and reports through an
-    eventfd.
-
-    Rows, sampling and results are the core's (_core.RowTable), the forward is torch's. Thread safety: as
-    _core.Executor, one caller.
-    """
-
-    def __init__(self, model: ReferenceModel, rows: Any, *, trace_capacity: int = 0) -> None:
-        """rows: a _core.RowTable of the same groups, owned by this executor from now on."""
-        self._model = model
-        self._rows = rows
-        self._plans: queue.SimpleQueue[tuple[Any, int] | None] = queue.SimpleQueue()
-        self._events: list[tuple[str, int, Any]] = []
-        self._lock = threading.Condition()
-        self._queued = 0
-        self._last_step = -1
-        self._traces: collections.deque[Trace] = collections.deque(maxlen=trace_capacity)
-        self._trace_capacity = trace_capacity
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._stopped = False
-        self._thread = threading.Thread(target=self._loop, name="sapwood-reference", daemon=True)
-        self._thread.start()
-
-    @property
-    def queued(self) -> int:
-        """Steps submitted and not done."""
-        with self._lock:
-            return self._queued
-
-    def submit(self, plan: Any) -> None:
-        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, or after shutdown."""
-        with self._lock:
-            if self._stopped:
-                raise InvalidRequest("the executor has been shut down")
-            if plan.step_id <= self._last_step:
-                raise InvalidRequest(f"step_id must grow: got {plan.step_id} after {self._last_step}")
-            self._last_step = plan.step_id
-            self._queued += 1
-        self._plans.put((plan, time.monotonic_ns()))
-
-    def drain(self) -> list[tuple[str, int, Any]]:
-        """("head" | "result", step_id, result) since the last call; clears the eventfd. Never blocks."""
-        with self._lock:
-            events, self._events = self._events, []
-            with contextlib.suppress(BlockingIOError, OSError):
-                os.eventfd_read(self._fd)
-        return events
-
-    def fileno(self) -> int:
-        """Readable while events wait. Owned by the executor."""
-        return self._fd
-
-    def wait_idle(self) -> None:
-        """Block until every submitted step is done."""
-        with self._lock:
-            self._lock.wait_for(lambda: self._queued == 0)
-
-    def shutdown(self) -> None:
-        """Drop queued steps, wait for the running one, close the eventfd. Idempotent."""
-        with self._lock:
-            if self._stopped:
-                return
-            self._stopped = True
-        self._plans.put(None)
-        self._thread.join()
-        os.close(self._fd)
-
-    def take_trace(self) -> list[Trace]:
-        with self._lock:
-            traces = list(self._traces)
-            self._traces.clear()
-        return traces
-
-    def recorded_plans(self) -> list[bytes]:
-        """The native executor's flight recorder; this one keeps none."""
-        return []
-
-    def _loop(self) -> None:
-        while (item := self._plans.get()) is not None:
-            plan, submitted = item
-            if self._stopped:
-                self._report(None, done=True)
-                continue
-            started = time.monotonic_ns()
-            head = [started]
-
-            def on_head(plan: Any = plan, head: list[int] = head) -> None:
-                head[0] = time.monotonic_ns()
-                self._report(("head", plan.step_id, None))
-
-            try:
-                prepared = self._rows.prepare(plan)
-                logits = self._model.run(ReferenceBatch.from_prepared(prepared), on_head=on_head)
-                result = self._rows.sample(plan, prepared, np.ascontiguousarray(logits))
-            except Exception as error:  # the step has failed, not the thread: the loop must hear of it
-                log.exception("step %d failed", plan.step_id)
-                result = self._rows.fail(plan, f"{type(error).__name__}: {error}")
-            if self._trace_capacity:
-                kinds = [kind for _, _, kind, _, _ in plan.items()]
-                trace = Trace(
-                    plan.step_id,
-                    submitted,
-                    started,
-                    head[0],
-                    time.monotonic_ns(),
-                    kinds.count("extend"),
-                    kinds.count("decode"),
-                )
-                with self._lock:
-                    self._traces.append(trace)
-            self._report(("result", plan.step_id, result), done=True)
-
-    def _report(self, event: tuple[str, int, Any] | None, *, done: bool = False) -> None:
-        """Post an event and, with a result, count the step as done: nobody may see one without the other."""
-        with self._lock:
-            if event is not None:
-                self._events.append(event)
-                os.eventfd_write(self._fd, 1)
-            if done:
-                self._queued -= 1
-                self._lock.notify_all()
