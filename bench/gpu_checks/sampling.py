@@ -139,7 +139,7 @@ def assert_as_cpu(logits: Logits, draws: list[Draw], drawn: Drawn) -> None:
             continue
         assert abs(logprob - cpu_logprob) <= 1e-13, f"row {row}: {logprob}, the CPU has {cpu_logprob}: {draw}"
         expected = float(torch.from_numpy(logits[row]).double().log_softmax(0)[token])
-        assert abs(logprob - expected) <= 2e-7 * (1 + abs(expected)), f"row {row}: {logprob}, not {expected}"
+        assert abs(logprob - expected) <= 1e-7 * (1 + abs(expected)), f"row {row}: {logprob}, not {expected}"
 
 
 # --- Rows and parameters --------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def check_random_rows(d: Device) -> int:
     rng = np.random.default_rng(17)
     cases = compared = 0
     for vocab, rows, lead, pad in (
-        (1, 5, 0, 0), (2, 8, 1, 3), (31, 20, 0, 1), (64, 16, 0, 0), (1000, 24, 4, 0), (4101, 12, 2, 7),
-        (32001, 10, 0, 0), (32001, 3, 0, 3),
+        (1, 4, 0, 0), (2, 6, 1, 3), (31, 16, 0, 1), (64, 12, 0, 0), (1000, 20, 4, 0), (4101, 10, 2, 7),
+        (32001, 8, 0, 0), (32001, 3, 0, 3),
     ):  # fmt: skip
         logits = np.stack([random_logits(rng, vocab) for _ in range(rows)])
         draws = [random_draw(rng, vocab) for _ in range(rows)]
@@ -309,8 +309,8 @@ def check_cuts(d: Device) -> int:
         draws_of = [
             (smooth, [(kind, count) for kind in ("top_k", "top_p", "both", "min_p") for count in (2, 19)]),
             (smooth, [("top_p", 2 * vocab // 3)]),
-            (ties, [(kind, count) for kind in ("top_k", "top_p", "both") for count in (2, 19)]),
-            (wide, [(kind, count) for kind in ("top_k", "top_p", "both") for count in (2, 19)]),
+            (ties, [("top_k", 2), ("top_k", 19), ("top_p", 19), ("both", 19)]),
+            (wide, [("top_k", 19), ("top_p", 7), ("both", 19)]),
         ]
         draws = [draw for logits, kinds in draws_of for kind, count in kinds for draw in cut_draws(logits, count, kind)]
         rows = np.stack([logits for logits, kinds in draws_of for _ in range(2 * len(kinds))])
@@ -334,12 +334,12 @@ def check_cuts(d: Device) -> int:
 
 
 def check_scores(d: Device) -> int:
-    """To the last bit: noise and z, by the two neighbouring logits between which a draw of two tokens changes hands; exp,
-    by log-probabilities near 0. And the largest noise.
+    """To the last bit: noise and z, by the two neighbouring logits between which a draw of two tokens changes hands;
+    exp, by log-probabilities near 0. And the largest noise.
     """
     rng = np.random.default_rng(3)
     rows, draws = [], []
-    positions = 150 if d.name == "cpu" else 3000
+    positions = 60 if d.name == "cpu" else 3000
     for position in range(positions):
         draw = Draw(position=position, seed=5, temperature=float(rng.choice([0.3, 1.0, 1.7])))
 
@@ -478,8 +478,7 @@ def check_distribution(d: Device) -> int:
     plain = Draw(seed=42)
     cases = 0
     for draw, count in (
-        (plain, 120), (replace(plain, temperature=3.0, top_k=6), 40),
-        (replace(plain, temperature=2.5, top_k=9, top_p=0.9, min_p=0.1), 60),
+        (plain, 100), (replace(plain, temperature=2.5, top_k=9, top_p=0.9, min_p=0.1), 60),
     ):  # fmt: skip
         count *= 1 if d.name == "cpu" else 1000
         draws = [replace(draw, position=p) for p in range(count)]

@@ -146,8 +146,8 @@ __device__ __forceinline__ T Pick(const T (&v)[4], int i) {
 
 __device__ __forceinline__ uint64_t Larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
-// f(first, logits) for this thread's groups of four neighbours, ascending. -inf past the vocabulary. kAtOnce: groups whose
-// loads are in flight together.
+// f(first, logits) for this thread's groups of four neighbours, ascending. -inf past the vocabulary. kAtOnce: groups
+// whose loads are in flight together.
 template <int kAtOnce, typename F>
 __device__ __forceinline__ void ForEachGroup(const Row& row, F f) {
   constexpr int kStep = 4 * kThreads;
@@ -334,9 +334,9 @@ __device__ __forceinline__ int GumbelArgMax(const Row& row, Shared& s, int list_
     ForEachAllowedGroup(row, [&](int first, const float (&logits)[4]) {
       const float largest = fmaxf(fmaxf(logits[0], logits[1]), fmaxf(logits[2], logits[3]));
       if (largest < cut_logit) return;
-      // z < floor, multiplied out; the whole unit below z_min and within kReach covers the rounding of all sides.
-      const float floor = fmaxf(best - kReach, z_min - 1.0f);
-      if (largest - row.max_logit < floor * row.temperature) return;
+      // z < least, multiplied out. The unit below z_min, and the one that kReach has to spare, cover the rounding.
+      const float least = fmaxf(best - kReach, z_min - 1.0f);
+      if (largest - row.max_logit < least * row.temperature) return;
       uint32_t bits[4];
       KeyedBits(seed, stream, position, first / 4, bits);
       // With w = 1 - u, noise is at most -log(w): it reaches best - z only where w <= exp(z - best). 1e-3 covers the
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SapwoodSampleP
       const bool on = by_mass != 0 ? top_p < 1.0f : top_k > 0 && top_k < p.vocab;
       if (on) cut = Filter(row, s, by_mass != 0, top_k, top_p, cut, list_size);
     }
-    // The most likely token passes whatever min_p is, its z is 0; what no noise lifts over it passes or not.
+    // The most likely token passes whatever min_p is: its z is 0. Below FLT_MIN, z_min is -87, where nothing is drawn.
     const float z_min = min_p > 0.0f ? Log(fminf(fmaxf(min_p, FLT_MIN), 1.0f)) : -kInf;
     token = GumbelArgMax(row, s, list_size, cut, z_min, token, p.seed[r], p.stream[r], p.position[r]);
   }
