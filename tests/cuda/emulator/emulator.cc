@@ -80,6 +80,7 @@ struct Machine {
   std::vector<Warp> warps;
   Block block;
   Fiber* current = nullptr;
+  uint64_t wakes = 0;  // barriers and exchanges completed: only then do threads that wait become able to run
   void* scheduler = nullptr;
   unsigned char* stacks = nullptr;
   alignas(128) unsigned char shared[kMaxShared];
@@ -121,6 +122,7 @@ void OpenBarrier(Block& block) {
   block.all = 1;
   block.at_barrier = 0;
   ++block.barrier_generation;
+  ++TheMachine().wakes;
 }
 
 void FiberMain() {
@@ -160,8 +162,12 @@ void RunBlock(Machine& m, const std::vector<int>& order) {
     const Fiber& fiber = m.fibers[i];
     return !fiber.done && (fiber.waits_for == nullptr || *fiber.waits_for != fiber.seen);
   };
+  auto next = order.begin();
+  uint64_t seen = m.wakes;
   for (size_t left = m.fibers.size(); left > 0;) {
-    const auto next = std::find_if(order.begin(), order.end(), can_run);
+    // Those before the last one that ran could not run then, and can only since a wake.
+    next = std::find_if(seen == m.wakes ? next : order.begin(), order.end(), can_run);
+    seen = m.wakes;
     if (next == order.end()) {
       m.error = Deadlock(m);
       return;
@@ -266,6 +272,7 @@ const Deposits& Meet(Exchange kind, unsigned mask, const void* deposit, size_t b
   if (warp.arrived == mask) {
     warp.arrived = 0;
     ++warp.generation;
+    ++m.wakes;
   } else {
     Wait(&warp.generation, kNames[static_cast<int>(kind)]);
   }
