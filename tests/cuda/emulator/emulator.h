@@ -13,6 +13,7 @@
 //     with an error that says who waits for what;
 //   - rounding is that of the operations written (build with -ffp-contract=off), but approximations (exp2, rsqrt) are
 //     exact ones, and an mma sums its products in double.
+// One launch at a time: the machine is one for the process, and not locked.
 // It does not know of speed, occupancy, bank conflicts, memory models, or of races between blocks.
 #pragma once
 
