@@ -53,8 +53,8 @@ ALIGNMENT: Final = 16  # bytes, of every part of the step's packed copy
 class Tiling:
     """How segments of a number of rows ((query, head) pairs of a KV head) are cut (cuda/attention/params.h).
 
-    The numbers are fixed, so that what attention gives a segment does not depend on its batch: chunks short enough for a few long rows to
-    fill the device, long enough that merging them is a hundredth of reading their keys.
+    The numbers are fixed, so that attention's bits do not depend on the batch: chunks short enough for a few long rows
+    to fill the device, long enough that merging them is a hundredth of reading their keys.
     """
 
     min_rows: int
