@@ -275,6 +275,81 @@ class SampleParams(Params):
     )
 
 
+MAX_GROUPS: Final = 8  # SAPWOOD_CUDA_MAX_GROUPS
+ROW_BYTES: Final = 112  # sizeof(SapwoodRow)
+
+
+class RowState(ctypes.Structure):
+    """SapwoodRowState: a part of the three params below, without a size of its own."""
+
+    _fields_ = (
+        ("rows", _PTR),
+        ("stop_ids", _PTR),
+        ("page_tables", _PTR * MAX_GROUPS),
+        ("num_groups", _I32),
+        ("max_rows", _I32),
+        ("max_pages", _I32),
+        ("max_stop_ids", _I32),
+        ("page_size", _I32),
+        ("reserved", _I32),
+    )
+
+
+class RowOpsParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("reserved", _I32),
+        ("state", RowState),
+        ("blob", _PTR),
+        ("result", _PTR),
+    )
+
+
+class PrepareStepParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("num_padded_tokens", _I32),
+        ("num_padded_segments", _I32),
+        ("num_padded_logit_rows", _I32),
+        ("state", RowState),
+        ("blob", _PTR),
+        ("result", _PTR),
+        ("tokens", _PTR),
+        ("positions", _PTR),
+        ("rope_modes", _PTR),
+        ("slots", _PTR * MAX_GROUPS),
+        ("q_indptr", _PTR),
+        ("kv_lens", _PTR),
+        ("page_rows", _PTR),
+        ("logit_src", _PTR),
+        ("logit_rows", _PTR),
+        ("temperature", _PTR),
+        ("top_k", _PTR),
+        ("top_p", _PTR),
+        ("min_p", _PTR),
+        ("seed", _PTR),
+        ("stream", _PTR),
+        ("position", _PTR),
+        ("want_logprob", _PTR),
+        ("banned_indptr", _PTR),
+        ("banned_ids", _PTR),
+    )
+
+
+class CommitStepParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("reserved", _I32),
+        ("state", RowState),
+        ("blob", _PTR),
+        ("result", _PTR),
+        ("page_rows", _PTR),
+        ("token", _PTR),
+        ("logprob", _PTR),
+        ("bad", _PTR),
+    )
+
+
 OPS: Final[dict[str, type[Params]]] = {
     "rms_norm": RmsNormParams,
     "rope_kv_write": RopeKvWriteParams,
@@ -288,6 +363,9 @@ OPS: Final[dict[str, type[Params]]] = {
     "moe_gemm_small": MoeGemmSmallParams,
     "moe_combine": MoeCombineParams,
     "sample": SampleParams,
+    "row_ops": RowOpsParams,
+    "prepare_step": PrepareStepParams,
+    "commit_step": CommitStepParams,
 }
 
 
