@@ -12,6 +12,7 @@ from typing import Final
 
 from gpu_checks.activation import check_silu_mul
 from gpu_checks.attention import check_attention, check_attention_merge, check_attention_plan
+from gpu_checks.batch import check_commit_step, check_prepare_step, check_row_ops
 from gpu_checks.device import Device
 from gpu_checks.elementwise import check_rms_norm, check_rope_kv_write
 from gpu_checks.matmul import check_small_gemm
@@ -32,4 +33,7 @@ CHECKS: Final[dict[str, Callable[[Device], int]]] = {
     "moe_gemm_small": check_moe_gemm_small,
     "moe_combine": check_moe_combine,
     "sample": check_sample,
+    "row_ops": check_row_ops,
+    "prepare_step": check_prepare_step,
+    "commit_step": check_commit_step,
 }

@@ -1,7 +1,8 @@
-// The messages, the loop's BatchBuilder, and a RowTable for executors written in Python.
+// The messages, the loop's BatchBuilder, and for executors written in Python a RowTable and the device's PlanPacker.
 #include <limits>
 
 #include "batch/batch_builder.h"
+#include "batch/plan_packer.h"
 #include "batch/row_table.h"
 #include "bindings/bindings.h"
 #include "program/sample_rows.h"
@@ -85,6 +86,11 @@ py::dict SamplingDict(const StepBatch& batch, const RowTable& rows) {
   return out;
 }
 
+// Bytes that can be used in place.
+bool IsBytes(const py::array& a) {
+  return a.ndim() == 1 && a.dtype().equal(py::dtype::of<uint8_t>()) && (a.flags() & py::array::c_style) != 0;
+}
+
 // Prepare's arrays for a Python executor. The RowTable stays on this side.
 py::dict PreparedDict(const StepPlan& plan, const StepBatch& batch, const RowTable& rows) {
   py::dict out;
@@ -156,6 +162,16 @@ void BindBatch(py::module_& m) {
 
   py::class_<StepResult, std::shared_ptr<StepResult>>(m, "StepResult")
       .def_readonly("step_id", &StepResult::step_id)
+      .def("items",
+           [](const StepResult& r) {
+             py::list out;
+             for (const ResultItem& i : r.items) {
+               out.append(py::make_tuple(i.row, i.gen, i.n, i.token_begin, static_cast<int>(i.flags)));
+             }
+             return out;
+           })
+      .def_readonly("tokens", &StepResult::tokens)
+      .def_readonly("logprobs", &StepResult::logprobs)
       .def_readonly("num_tokens", &StepResult::num_tokens)
       .def_readonly("num_kv", &StepResult::num_kv)
       .def_readonly("num_logit_rows", &StepResult::num_logit_rows)
@@ -292,6 +308,49 @@ void BindBatch(py::module_& m) {
             return result;
           },
           py::arg("plan"), py::arg("error"));
+
+  py::class_<PackedPlan>(m, "PackedPlan")
+      .def_readonly("step_id", &PackedPlan::step_id)
+      .def_readonly("sequence", &PackedPlan::sequence)
+      .def_readonly("num_bytes", &PackedPlan::num_bytes)
+      .def_property_readonly("num_items", [](const PackedPlan& p) { return p.q_lens.size(); })
+      .def_readonly("num_tokens", &PackedPlan::num_tokens)
+      .def_readonly("num_logit_rows", &PackedPlan::num_logit_rows)
+      .def_readonly("max_q_len", &PackedPlan::max_q_len)
+      .def_readonly("max_kv_bound", &PackedPlan::max_kv_bound)
+      .def_readonly("any_logprob", &PackedPlan::any_logprob)
+      .def_readonly("any_banned", &PackedPlan::any_banned)
+      .def_property_readonly("q_lens", [](const PackedPlan& p) { return Copy<int32_t>(p.q_lens); })
+      .def_property_readonly("kv_bounds", [](const PackedPlan& p) { return Copy<int64_t>(p.kv_bounds); })
+      .def_property_readonly("copies", [](const PackedPlan& p) {
+        py::list copies;
+        for (const PageCopy& copy : p.copies) copies.append(py::make_tuple(copy.group, copy.src, copy.dst));
+        return copies;
+      });
+
+  py::class_<PlanPacker>(m, "PlanPacker")
+      .def(py::init<std::vector<KvGroup>, int32_t, int32_t, int32_t>(), py::arg("groups"), py::arg("max_rows"),
+           py::kw_only(), py::arg("max_pages"), py::arg("max_stop_ids"))
+      .def("bytes_needed", &PlanPacker::BytesNeeded, py::arg("plan"))
+      .def_property_readonly("result_bytes", &PlanPacker::ResultBytes)
+      .def(
+          "pack",
+          [](PlanPacker& packer, const StepPlan& plan, py::array& out) {
+            SAPWOOD_REQUIRE(IsBytes(out) && out.writeable(), "out must be a writeable, contiguous uint8 array, got ",
+                            std::string(py::str(out.dtype())), " of ", out.ndim(), " dimensions");
+            return packer.Pack(plan, {static_cast<uint8_t*>(out.mutable_data()), static_cast<size_t>(out.size())});
+          },
+          py::arg("plan"), py::arg("out"))
+      .def("fail", &PlanPacker::Fail, py::arg("plan"));
+  m.def(
+      "finish_packed",
+      [](const StepPlan& plan, const py::array& block, int64_t sequence) {
+        SAPWOOD_REQUIRE(IsBytes(block), "result_block must be a contiguous uint8 array, got ",
+                        std::string(py::str(block.dtype())), " of ", block.ndim(), " dimensions");
+        return FinishPacked(plan, {static_cast<const uint8_t*>(block.data()), static_cast<size_t>(block.size())},
+                            sequence);
+      },
+      py::arg("plan"), py::arg("result_block"), py::arg("sequence") = 0);
 }
 
 }  // namespace sapwood::bindings

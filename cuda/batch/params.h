@@ -1,7 +1,8 @@
 /* Parameters of the row state (cuda/common/abi.h has the calling convention).
  *
- * The executor's memory of rows lives on the device, so that a step can be queued while the tokens of the one before are
- * unknown: cpp/batch/row_table.h has the definition of it all, plan_blob.h the messages. The way of a step, in stream order:
+ * The executor's memory of rows lives on the device, so that a step can be queued while the tokens of the one before
+ * are unknown: cpp/batch/row_table.h has the definition of it all, plan_blob.h the messages. The way of a step, in
+ * stream order:
  *
  *   copy of the blob       one, host to device, from pinned memory
  *   row_ops                applies the plan's row ops; begins the step's result
@@ -10,19 +11,20 @@
  *   commit_step            gives each row its token, notes which have ended; completes the result
  *   copy of the result     one, device to host, into pinned memory
  *
- * All three are one launch of fixed size (prepare_step: two where there are many tokens), counts come from the blob: a graph
- * that holds them replays over other plans. No item may be left out: row_ops runs for a plan without row ops too.
+ * Each is one launch of fixed size (prepare_step: two where there are many tokens), counts come from the blob: a graph
+ * that holds them replays over other plans. row_ops runs for a plan without row ops too.
  *
  * Rows that have ended. An item of a dead row, or of another generation than the row's, keeps its place among tokens,
  * segments and logit rows: the host, which lays them out, does not know yet. It is as padding is: its tokens are 0 at
  * position 0, write no K and V (slot -1), and see keys of the dummy row.
  *
- * The dummy row. Row max_rows of every page table belongs to nobody: the executor fills it, once, with one page of zeros that
- * it keeps behind the pool's own. Attention needs kv_len >= q_len and reads pages 0 .. (kv_len - 1) / page_size: kv_len = q_len
- * here, which any item's q_len <= max_pages * page_size allows. Nothing writes that page, so what padding computes is finite.
+ * The dummy row. Row max_rows of every page table belongs to nobody: the executor fills it, once, with one page of
+ * zeros that it keeps behind the pool's own. Attention needs kv_len >= q_len and reads pages 0 .. (kv_len - 1) /
+ * page_size: here kv_len = q_len, which is at most max_pages * page_size. Nothing writes that page, so what padding
+ * computes is finite.
  *
- * Errors. What RowTable throws on becomes the result's error; the step's other items run, but commit_step then ends every
- * row that the plan names (as cpp/program/executor.cc does), and the host reports the step as failed. */
+ * Errors. What RowTable throws on becomes the result's error; the step's other items run, but commit_step then ends
+ * every row that the plan names (as cpp/program/executor.cc does), and the host reports the step as failed. */
 #ifndef SAPWOOD_CUDA_BATCH_PARAMS_H_
 #define SAPWOOD_CUDA_BATCH_PARAMS_H_
 
@@ -56,7 +58,8 @@ typedef struct {
 typedef struct {
   SapwoodRow* rows;   /* [max_rows] */
   int32_t* stop_ids;  /* [max_rows][max_stop_ids]; may be null where that is 0 */
-  int32_t* page_tables[SAPWOOD_CUDA_MAX_GROUPS]; /* [max_rows + 1][max_pages] of each group; -1: no page (below a window) */
+  /* [max_rows + 1][max_pages] of each group; -1: no page (below a window) */
+  int32_t* page_tables[SAPWOOD_CUDA_MAX_GROUPS];
   int32_t num_groups; /* 1 .. SAPWOOD_CUDA_MAX_GROUPS */
   int32_t max_rows;   /* 1 .. 16383 */
   int32_t max_pages;  /* max_pages * page_size <= 2^31 - 1: positions and lengths of a step are int32 */
@@ -76,11 +79,11 @@ typedef struct {
 
 SAPWOOD_CUDA_API int sapwood_cuda_row_ops(const SapwoodRowOpsParams* params, void* stream);
 
-/* As RowTable::Prepare, with padding. A plan of T tokens, S items and L logit rows may be launched with any T' >= T, S' >= S,
- * L' >= L (num_padded_*; where one is too small the step fails with SAPWOOD_STEP_PADDING, and all is padding):
- *   segments S .. S' - 1 take one token each of the T' - T (decode buckets), those for which none is left take none; rows
- *     and tokens as of a dead row's item
- *   tokens that belong to no segment (beyond q_indptr[S']): as those of a dead row; attention does not write their output
+/* As RowTable::Prepare, with padding. A plan of T tokens, S items and L logit rows may be launched with any T' >= T, S'
+ * >= S, L' >= L (num_padded_*; where one is too small the step fails with SAPWOOD_STEP_PADDING, and all is padding):
+ *   segments S .. S' - 1 take one token each of the T' - T (decode buckets), those for which none is left take none;
+ *     otherwise as a dead row's
+ *   tokens that belong to no segment (beyond q_indptr[S']): as a dead row's; attention does not write their output
  *   logit rows L .. L' - 1, and those of dead rows: greedy, no log-probability, no bans; the former have logit_src 0
  * Elements beyond T', S', L' are not touched. */
 typedef struct {
@@ -112,13 +115,14 @@ typedef struct {
   int64_t* position;
   int32_t* want_logprob;
   int32_t* banned_indptr; /* [L' + 1]: l * max_stop_ids */
-  int32_t* banned_ids;    /* [L'][max_stop_ids]: stop ids while fewer than min_len tokens exist; -1, which is no id, else */
+  int32_t* banned_ids;    /* [L'][max_stop_ids]: stop ids while fewer than min_len tokens exist; unused places are -1,
+                           * which is no id. Both may be null where max_stop_ids is 0 */
 } SapwoodPrepareStepParams;
 
 SAPWOOD_CUDA_API int sapwood_cuda_prepare_step(const SapwoodPrepareStepParams* params, void* stream);
 
-/* As RowTable::CommitSample and FinishStep: a live item with logit rows draws the token of its last one. Without error the
- * result's items are complete after this, with one they mean nothing. */
+/* As RowTable::CommitSample and FinishStep: a live item with logit rows takes the token of its last one. Without error
+ * the result's items are complete after this, with one they mean nothing. */
 typedef struct {
   uint32_t struct_size;
   int32_t reserved;

@@ -1,13 +1,13 @@
 /* A StepPlan as one flat blob for the device, and the block that a step leaves behind for the host. Plain C.
  *
- * cpp/batch/plan_packer.cc writes the blob into pinned memory, one copy brings it to the device, the kernels of this folder
- * read it (params.h has the way of a step); the block goes the other way and cpp/batch/plan_packer.cc turns it into a
- * StepResult. Both sides include this header and nothing else of each other.
+ * cpp/batch/plan_packer.cc writes the blob into pinned memory, one copy brings it to the device, the kernels of this
+ * folder read it (params.h has the way of a step); the block goes the other way and becomes a StepResult there. Both
+ * sides include this header and nothing else of each other.
  *
  * The blob: this header, then seven arrays, each at the byte offset that the header names, a multiple of 16. Kinds and
  * flags have the numbers of cpp/batch/plan.h. What a kernel may rely on, because the packer has checked it: rows are
- * 0 .. max_rows - 1, groups exist, ranges lie within their arrays, an item's row is no other item's, kinds are extend or
- * decode, 1 <= q_len <= max_pages * page_size. */
+ * 0 .. max_rows - 1, groups exist, ranges lie within their arrays, an item's row is no other item's, kinds are extend
+ * or decode, 1 <= q_len <= max_pages * page_size, forced tokens are some, no length is negative. */
 #ifndef SAPWOOD_CUDA_BATCH_PLAN_BLOB_H_
 #define SAPWOOD_CUDA_BATCH_PLAN_BLOB_H_
 
@@ -82,14 +82,15 @@ typedef struct {
   int64_t kv_len;      /* extend: expected before the step */
 } SapwoodPlanItem;
 
-/* Why a step has failed: what RowTable would have thrown (cpp/batch/row_table.cc). */
+/* Why a step has failed: what RowTable would have thrown (cpp/batch/row_table.cc). `index` is an item's in the plan, or
+ * the row that a row op names. */
 enum {
   SAPWOOD_STEP_OK = 0,
   SAPWOOD_STEP_FORMAT = 1,          /* the blob has format `value` */
-  SAPWOOD_STEP_ROW_OP_GEN = 2,      /* row op `index`: the row is at generation `value` */
-  SAPWOOD_STEP_FORCED_POSITION = 3, /* row op `index`: the row's next position is `value` */
-  SAPWOOD_STEP_TRUNCATE = 4,        /* row op `index`: the row's kv_len is `value` */
-  SAPWOOD_STEP_PAGES_FULL = 5,      /* row op `index`: the row's table in group `group` has `value` pages already */
+  SAPWOOD_STEP_ROW_OP_GEN = 2,      /* row `index` is at generation `value` */
+  SAPWOOD_STEP_FORCED_POSITION = 3, /* the next position of row `index` is `value` */
+  SAPWOOD_STEP_TRUNCATE = 4,        /* row `index` has kv_len `value` */
+  SAPWOOD_STEP_PAGES_FULL = 5,      /* the table of row `index` in group `group` has `value` pages already */
   SAPWOOD_STEP_KV_LEN = 6,          /* item `index`: the row's kv_len is `value` */
   SAPWOOD_STEP_PAGES_SHORT = 7,     /* item `index`: the row's table in group `group` has `value` pages */
   SAPWOOD_STEP_PAGE_MISSING = 8,    /* item `index`: no page for position `value` in group `group` */
@@ -104,7 +105,7 @@ typedef struct {
   int64_t num_kv;
   int64_t num_logit_rows;
   int32_t num_items;
-  int32_t error; /* SAPWOOD_STEP_*; of several, a row op's before an item's, then the lowest index's */
+  int32_t error; /* SAPWOOD_STEP_*: the first one, a row op's before an item's */
   int32_t error_index;
   int32_t error_group;
   int64_t error_value;

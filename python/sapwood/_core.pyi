@@ -91,6 +91,9 @@ class StepPlan:
 
 class StepResult:
     step_id: int
+    def items(self) -> list[tuple[int, int, int, int, int]]: ...  # row, gen, n, token_begin, flags
+    tokens: list[int]
+    logprobs: list[float]
     num_tokens: int
     num_kv: int
     num_logit_rows: int
@@ -211,6 +214,33 @@ class RowTable:
     def commit(self, plan: StepPlan, tokens: np.ndarray, logprobs: np.ndarray, bad: np.ndarray) -> StepResult: ...
     @staticmethod
     def fail(plan: StepPlan, error: str) -> StepResult: ...  # the result of a step that raised: no items, only why
+
+# Plans for a device that keeps the rows itself (cpp/batch/plan_packer.h, cuda/batch/params.h).
+class PackedPlan:
+    step_id: int
+    sequence: int  # of this packer's plans: 1, 2, ..
+    num_bytes: int
+    num_items: int
+    num_tokens: int
+    num_logit_rows: int
+    max_q_len: int
+    max_kv_bound: int
+    any_logprob: bool
+    any_banned: bool
+    q_lens: np.ndarray  # int32 [num_items]
+    kv_bounds: np.ndarray  # int64 [num_items]: kv_len after the step if the row is alive, else the device has q_len
+    copies: list[tuple[int, int, int]]  # group, src, dst
+
+class PlanPacker:
+    def __init__(self, groups: Sequence[KvGroup], max_rows: int, *, max_pages: int, max_stop_ids: int) -> None: ...
+    result_bytes: int  # of any plan's result block
+    def bytes_needed(self, plan: StepPlan) -> int: ...
+    # out: writeable uint8 [>= bytes_needed]. A bad plan raises, and has failed then.
+    def pack(self, plan: StepPlan, out: np.ndarray) -> PackedPlan: ...
+    def fail(self, plan: StepPlan) -> None: ...  # it was not launched: its rows may not run again before an init
+
+# From the block that the plan's step left on the device; sequence 0: of any packing of this step_id.
+def finish_packed(plan: StepPlan, result_block: np.ndarray, sequence: int = 0) -> StepResult: ...
 
 # --- program
 def isa_levels() -> list[str]: ...  # supported here, lowest first

@@ -1,0 +1,89 @@
+// A StepPlan as one blob for a device that keeps the rows' state itself, and a StepResult from what the device leaves.
+//
+// The executor's thread packs each plan into pinned memory before it launches the step, while the tokens of earlier
+// steps are unknown. The packer therefore keeps a mirror of what row ops and items do to rows, all but their deaths:
+// enough to lay a step out, to bound its lengths, and to refuse a bad plan before anything is launched.
+//
+// cuda/batch/plan_blob.h has the bytes, cuda/batch/ the kernels that read them; row_table.h the definition of both.
+//
+// Thread safety: none; used by the executor's thread.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "batch/plan.h"
+
+namespace sapwood {
+
+// What the host knows of a packed step, to choose how it is launched.
+struct PackedPlan {
+  int64_t step_id = kNoStep;
+  int64_t sequence = 0;        // of this packer's plans: 1, 2, ..
+  int64_t num_bytes = 0;       // of the blob
+  int32_t num_tokens = 0;      // T, of all items: a row that has died keeps its place
+  int32_t num_logit_rows = 0;  // L, likewise
+  int32_t max_q_len = 0;
+  int64_t max_kv_bound = 0;
+  bool any_logprob = false;        // a logit row wants its log-probability
+  bool any_banned = false;         // a logit row may have to ban its row's stop ids
+  std::vector<int32_t> q_lens;     // [items]
+  std::vector<int64_t> kv_bounds;  // [items] kv_len after the step if the row is alive; else the device has q_len
+  std::vector<PageCopy> copies;
+};
+
+class PlanPacker {
+ public:
+  // max_pages: of a row in each group; max_stop_ids: of a row. The device's tables have that room.
+  PlanPacker(std::vector<KvGroup> groups, int32_t max_rows, int32_t max_pages, int32_t max_stop_ids);
+
+  // Of the plan's blob, if it is packed next.
+  int64_t BytesNeeded(const StepPlan& plan) const;
+  // Of the result block of any plan.
+  int64_t ResultBytes() const;
+
+  // Write the plan's blob to out. Throws InvalidArgument where out is too small, and has done nothing then;
+  // InternalError or InvalidArgument where the plan is bad, which has then failed as by Fail.
+  //
+  // A plan is bad for what RowTable would throw on, as far as that does not depend on whether a row is alive, which it
+  // certainly is until a sample of it is planned. The rest the device reports.
+  PackedPlan Pack(const StepPlan& plan, std::span<uint8_t> out);
+
+  // The plan's step was not launched, or not to its end: none of the rows it names may run again before its next init.
+  // Later row ops of them are dropped, and the next blob ends those that are alive on the device.
+  void Fail(const StepPlan& plan);
+
+ private:
+  struct Row {
+    uint32_t gen = 0;
+    bool alive = false;    // may be
+    bool certain = false;  // is, if alive: no step that samples for it has been packed
+    bool wants_logprob = false;
+    int32_t num_stop_ids = 0;
+    int64_t min_len = 0;
+    int64_t kv_len = 0;  // if it is alive
+    int64_t last_sequence = 0;  // newest plan with an item of it
+    std::vector<int32_t> num_pages;  // [group]
+  };
+  class Writer;
+
+  void PackRowOps(const StepPlan& plan, Writer* writer);
+  void PackItems(const StepPlan& plan, Writer* writer, PackedPlan* packed);
+  bool MirrorRowOp(const StepPlan& plan, const RowOp& op);
+  void MirrorInit(const StepPlan& plan, const RowOp& op);
+  void CheckItem(const StepPlan& plan, size_t index) const;
+
+  int32_t num_groups_, page_size_, max_pages_, max_stop_ids_;
+  std::vector<Row> rows_;
+  std::vector<std::pair<int32_t, uint32_t>> ended_;  // (row, gen) that the next blob ends
+  int64_t sequence_ = 0;
+};
+
+// The result of a packed plan from the block that its step left: what FinishStep (program/sample_rows.h) gives for it,
+// or an error that says what the device found. Throws InvalidArgument where the block is of another plan, or, where
+// sequence is not 0, of another packing. Times are left out.
+StepResult FinishPacked(const StepPlan& plan, std::span<const uint8_t> block, int64_t sequence = 0);
+
+}  // namespace sapwood
