@@ -13,6 +13,7 @@ from typing import Final
 from gpu_checks.activation import check_silu_mul
 from gpu_checks.attention import check_attention, check_attention_merge, check_attention_plan
 from gpu_checks.batch import check_commit_step, check_prepare_step, check_row_ops
+from gpu_checks.completion import check_notify
 from gpu_checks.device import Device
 from gpu_checks.elementwise import check_rms_norm, check_rope_kv_write
 from gpu_checks.matmul import check_small_gemm
@@ -36,4 +37,5 @@ CHECKS: Final[dict[str, Callable[[Device], int]]] = {
     "row_ops": check_row_ops,
     "prepare_step": check_prepare_step,
     "commit_step": check_commit_step,
+    "notify": check_notify,
 }

@@ -555,8 +555,8 @@ def raises_in_table(pair: Pair, writer: PlanWriter) -> None:
 
 
 def two_live_rows(d: Device, sizes: Sizes) -> Pair:
-    """Rows 1 to 3 of generations 5 to 7 with 6 tokens each and two pages; their first tokens are drawn, so that the host
-    no longer knows that they live.
+    """Rows 1 to 3 of generations 5 to 7 with 6 tokens each and two pages; their first tokens are drawn, so that the
+    host no longer knows that they live.
     """
     pair = Pair(d, sizes, 3)
     writer = PlanWriter(1)

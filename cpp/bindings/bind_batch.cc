@@ -175,9 +175,10 @@ void BindBatch(py::module_& m) {
       .def_readonly("num_tokens", &StepResult::num_tokens)
       .def_readonly("num_kv", &StepResult::num_kv)
       .def_readonly("num_logit_rows", &StepResult::num_logit_rows)
-      .def_readonly("start_ns", &StepResult::start_ns)
-      .def_readonly("head_ns", &StepResult::head_ns)
-      .def_readonly("done_ns", &StepResult::done_ns)
+      // An executor in Python knows the times.
+      .def_readwrite("start_ns", &StepResult::start_ns)
+      .def_readwrite("head_ns", &StepResult::head_ns)
+      .def_readwrite("done_ns", &StepResult::done_ns)
       .def_readonly("error", &StepResult::error);
 
   py::class_<BuiltStep>(m, "BuiltStep")

@@ -30,6 +30,7 @@ INT_RANGES: Final = MappingProxyType(
         "max_queued_requests": (0, 2**31),
         "chunked_prefill_size": (1, 2**20),
         "num_threads": (1, 1024),
+        "cuda_graph_max_bs": (1, 2**14),
         "trace_capacity": (0, 10**7),
         "port": (0, 65535),
         "max_body_bytes": (1024, 2**40),
@@ -71,7 +72,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
       device                 "cpu" (native), "reference" (torch, node by node: the oracle), "cuda"
     Memory
       max_total_tokens       KV pool size in tokens; None = sized from free memory by mem_fraction_static
-      mem_fraction_static    share of free memory (after weights) for the KV pool when max_total_tokens is None
+      mem_fraction_static    share of free memory (after weights) for the KV pool when max_total_tokens is None; None =
+                             0.5 on a CPU, 0.9 on a GPU (of what is left after buffers and graphs)
       page_size              tokens a KV page; 16, 32 or 64 on CPU
       kv_cache_dtype         "auto" (as it is computed), "int8" (half of bfloat16's memory: a scale for each token's
                              head), or dtype's own name
@@ -88,6 +90,12 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
       request_timeout_s      seconds a request may take from its submission; None = no limit
     Executor
       num_threads            compute threads; None = usable cores (affinity mask, cgroup quota)
+      attention_backend      on device "cuda": "sapwood", "flashinfer" (needs sapwood[flashinfer]) or "reference"
+                             (torch, slow); None = sapwood
+      disable_cuda_graph     launch every kernel of a step by itself
+      cuda_graph_max_bs      decode steps of more rows than this get no graph; None = 256
+      enable_deterministic_inference  an answer's bits do not depend on what else runs (slower on "cuda"; on a CPU they
+                             never do)
       cpu_isa                "auto", "scalar", "avx2", "avx512", "avx512_bf16"; SAPWOOD_CPU_ISA overrides "auto"
       trace_capacity         steps whose timing is kept for Engine.trace(); 0 = off
       random_seed            seeds the seeds drawn for requests that give none; None = from the OS
@@ -105,7 +113,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     device: Literal["cpu", "reference", "cuda"] = "cpu"
 
     max_total_tokens: int | None = None
-    mem_fraction_static: float = 0.5
+    mem_fraction_static: float | None = None
     page_size: int = 16
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     disable_radix_cache: bool = False
@@ -121,6 +129,10 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     request_timeout_s: float | None = None
 
     num_threads: int | None = None
+    attention_backend: Literal["sapwood", "flashinfer", "reference"] | None = None
+    disable_cuda_graph: bool = False
+    cuda_graph_max_bs: int | None = None
+    enable_deterministic_inference: bool = False
     cpu_isa: Literal["auto", "scalar", "avx2", "avx512", "avx512_bf16"] = "auto"
     trace_capacity: int = 0
     random_seed: int | None = None

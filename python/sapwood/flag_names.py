@@ -32,6 +32,7 @@ ALIASES: Final = MappingProxyType(
         "block_size": Alias("page_size"),
         "seed": Alias("random_seed"),
         "scheduling_policy": Alias("schedule_policy"),
+        "enforce_eager": Alias("disable_cuda_graph"),
         "enable_prefix_caching": Alias("disable_radix_cache", inverted=True),
         "async_scheduling": Alias("disable_overlap_schedule", inverted=True),
         "enable_log_requests": Alias("log_requests"),
@@ -57,8 +58,6 @@ NOT_NEEDED: Final = MappingProxyType(
         "jinja": "chat templates are always Jinja",
         "trust_remote_code": "code in a checkpoint is never run",
         "disable_frontend_multiprocessing": "the server is one process",
-        "enforce_eager": "there are no CUDA graphs",
-        "disable_cuda_graph": "there are no CUDA graphs",
     }
 )
 
@@ -120,9 +119,14 @@ NOT_HERE: Final = (
         "is_embedding embedding embeddings reranking task runner convert pooler_config",
     ),
     (
-        "each --device has its one implementation; --cpu-isa chooses the CPU's instruction set",
-        "attention_backend *_attention_backend sampling_backend flash_attn fa enable_torch_compile torch_compile_* "
-        "compilation_config cuda_graph_* moe_*",
+        "--attention-backend chooses attention on --device cuda, --cpu-isa the CPU's instruction set; all else has one "
+        "implementation",
+        "*_attention_backend sampling_backend flash_attn fa enable_torch_compile torch_compile_* compilation_config "
+        "moe_*",
+    ),
+    (
+        "see --cuda-graph-max-bs and --disable-cuda-graph; the sizes of graphs are ours",
+        "cuda_graph_bs cuda_graph_sizes cudagraph_* *_piecewise_cuda_graph piecewise_cuda_graph_*",
     ),
     (
         "the prefix cache lives in the KV pool alone",
@@ -135,7 +139,6 @@ NOT_HERE: Final = (
     ("--max-step-ms bounds what prefills cost those who decode", "prefill_decode_interval prefill_max_requests"),
     ("every token is an event of its own", "stream_interval"),
     ("a prompt that is too long is refused, with the numbers", "allow_auto_truncate"),
-    ("on a CPU an answer never depends on what else runs", "enable_deterministic_inference"),
     ("put a reverse proxy in front", "ssl_* root_path fastapi_root_path path_prefix api_prefix enable_http2"),
     ("SAPWOOD_API_KEY or a --config file keep the key off the command line", "api_key_file"),
     ("--allowed-origins is the one setting for browsers", "allow_credentials allowed_methods allowed_headers"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import numpy as np
 import pytest
-from golden_checkpoints import TINY, Built, hf_logits, log_softmax, prompts_of
+import torch
+from golden_checkpoints import TINY, Built, build, hf_logits, log_softmax, prompts_of
 from golden_driver import Driver
 
-from sapwood.errors import InvalidRequest
-from sapwood.program import cuda
+from sapwood.errors import InvalidRequest, MissingExtra
+from sapwood.program import cuda, cuda_attention
 from sapwood.program.cuda_library import CudaLibrary
 
 NUM_NEW = 6  # emulated threads are slow
@@ -28,43 +31,147 @@ def supported(built: Built) -> bool:
     return bool(dim % 8 == 0)
 
 
-def check(built: Built, page_size: int) -> None:
-    """Prompts in chunks beside decodes; transformers in float32 on the same bfloat16 weights."""
-    with Driver(built.bf16_dir, device="cuda", page_size=page_size) as driver:
+def named(name: str) -> Any:
+    return pytest.mark.parametrize("built", [t for t in TINY if t.name == name], indirect=True, ids=str)
+
+
+def check(built: Built, **settings: Any) -> dict[str, int]:
+    """Prompts in chunks beside decodes; transformers in float32 on the same bfloat16 weights. Returns how many steps
+    went which way."""
+    with Driver(built.bf16_dir, device="cuda", **settings) as driver:
         prompts = prompts_of(1)
         results = driver.generate(prompts, NUM_NEW)
+        ways: dict[str, int] = driver.model.executor.launcher.num_steps
     for prompt, result in zip(prompts, results, strict=True):
         expected = log_softmax(hf_logits(built.bf16, prompt + result.tokens)[len(prompt) - 1 : -1])
         chosen = expected[np.arange(NUM_NEW), result.tokens]
         assert np.abs(np.asarray(result.logprobs) - chosen).max() < BF16_TOLERANCE
         # A token may differ from the oracle's only where the two are a near tie.
         assert (expected.max(-1) - chosen).max() < 2 * BF16_TOLERANCE
+    return ways
 
 
 def test_logprobs_are_close_to_transformers(built: Built) -> None:
     if supported(built):
-        check(built, page_size=16)
+        ways = check(built)
+        assert ways["decode graph"] >= NUM_NEW - 1 and ways["run graphs"] >= 2  # 90 tokens in chunks of 48
     else:
         with pytest.raises(InvalidRequest, match="head_dim that is a multiple of 8"):
             Driver(built.bf16_dir, device="cuda")
 
 
-@pytest.mark.parametrize("built", [t for t in TINY if t.name == "llama-mha"], indirect=True, ids=str)
+@named("llama-mha")
 @pytest.mark.parametrize("page_size", [1, 5])
 def test_any_page_size(built: Built, page_size: int) -> None:
-    check(built, page_size)
+    check(built, page_size=page_size)
 
 
-@pytest.mark.parametrize("built", [t for t in TINY if t.name == "llama-mha"], indirect=True, ids=str)
+@named("qwen3-mixed")  # a window, and two groups of pages
+def test_launch_by_launch(built: Built) -> None:
+    ways = check(built, disable_cuda_graph=True)
+    assert set(ways) == {"launches"}
+
+
+@named("qwen3-mixed")
+def test_steps_of_more_rows_than_a_graph_has(built: Built) -> None:
+    ways = check(built, cuda_graph_max_bs=1)  # of three
+    assert ways["decode graph"] <= 1 and ways["run graphs"] >= NUM_NEW
+
+
+@named("qwen3-mixed")
+def test_attention_that_no_graph_has_room_for(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_attention.SapwoodAttention, "_most_items", lambda self, tiling: 1)
+    ways = check(built)
+    assert ways["decode graph"] <= 1 and ways["run graphs"] >= NUM_NEW
+
+
+@pytest.mark.parametrize("name", ["qwen3-mixed", "mistral-window", "llama-mha"])
+def test_reference_attention(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    tiny = next(t for t in TINY if t.name == name)
+    ways = check(build(tiny, tmp_path_factory.mktemp("tiny")), attention_backend="reference")
+    assert ways["decode graph"] == 0
+
+
+@named("llama-mha")
 def test_tokens_do_not_depend_on_the_batch(built: Built) -> None:
-    """Alone and beside others: the same tokens, and the same log-probabilities to the last bit while all rows of the
-    product go the same way."""
+    """Alone and beside others: the same tokens, and nearly the same log-probabilities."""
     prompts = prompts_of(6)
     with Driver(built.bf16_dir, device="cuda") as driver:
         together = driver.generate(prompts, NUM_NEW, chunk=8)
         alone = [driver.generate([prompt], NUM_NEW, chunk=8)[0] for prompt in prompts]
     for one, among in zip(alone, together, strict=True):
         assert one.tokens == among.tokens and np.allclose(one.logprobs, among.logprobs, atol=1e-2)
+
+
+@named("qwen3-mixed")
+def test_deterministic_inference_is_bitwise(built: Built) -> None:
+    """However a prompt is cut, whoever is beside it, with graphs and without."""
+    prompts = prompts_of(6)
+    answers = []
+    for settings in ({}, {"disable_cuda_graph": True}):
+        with Driver(built.bf16_dir, device="cuda", enable_deterministic_inference=True, **settings) as driver:
+            answers.append(driver.generate(prompts, NUM_NEW, chunk=8))
+            driver.cache.flush()
+            answers.append([driver.generate([prompt], NUM_NEW, chunk=33)[0] for prompt in prompts])
+    for other in answers[1:]:
+        for one, two in zip(answers[0], other, strict=True):
+            assert one.tokens == two.tokens and one.logprobs == two.logprobs
+
+
+class PagedPrefill:
+    """FlashInfer's BatchPrefillWithPagedKVCacheWrapper as its documentation has it, in torch."""
+
+    def __init__(self, workspace: torch.Tensor, kv_layout: str) -> None:
+        assert kv_layout == "HND" and workspace.dtype == torch.uint8
+
+    def plan(
+        self, qo_indptr: torch.Tensor, paged_kv_indptr: torch.Tensor, paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, page_size: int,
+        *, causal: bool, sm_scale: float, window_left: int, logits_soft_cap: float | None, q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:  # fmt: skip
+        assert causal and q_data_type == kv_data_type == torch.bfloat16 and logits_soft_cap is None
+        for tensor in (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len):
+            assert tensor.dtype == torch.int32
+        self.segments = []
+        for s in range(len(qo_indptr) - 1):
+            pages = paged_kv_indices[paged_kv_indptr[s] : paged_kv_indptr[s + 1]].long()
+            kv_len = (len(pages) - 1) * page_size + int(paged_kv_last_page_len[s])
+            self.segments.append((int(qo_indptr[s]), int(qo_indptr[s + 1]), pages, kv_len))
+        self.shape, self.scale, self.window_left = (num_qo_heads, num_kv_heads, head_dim_qk), sm_scale, window_left
+
+    def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor, *, out: torch.Tensor) -> None:
+        heads, kv_heads, dim = self.shape
+        assert q.shape == out.shape == (self.segments[-1][1], heads, dim)
+        for begin, end, pages, kv_len in self.segments:
+            k, v = paged_kv_cache[pages].float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :kv_len]
+            scores = torch.einsum("qhgd,hkd->hgqk", q[begin:end].float().unflatten(1, (kv_heads, -1)), k) * self.scale
+            position = torch.arange(kv_len - (end - begin), kv_len)[:, None]
+            seen = torch.arange(kv_len) <= position
+            if self.window_left >= 0:
+                seen &= torch.arange(kv_len) >= position - self.window_left
+            out[begin:end] = torch.einsum(
+                "hgqk,hkd->qhgd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v
+            ).flatten(1, 2).bfloat16()  # fmt: skip
+
+
+@named("qwen3-mixed")
+def test_flashinfer_is_planned_as_it_expects(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("flashinfer")
+    module.BatchPrefillWithPagedKVCacheWrapper = PagedPrefill  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    with pytest.raises(InvalidRequest, match=r"kernels for head_dim \(64, 128, 256\), this model has 16"):
+        Driver(built.bf16_dir, device="cuda", attention_backend="flashinfer")
+    monkeypatch.setattr(cuda_attention.FlashInferAttention, "HEAD_DIMS", (16,))
+    ways = check(built, attention_backend="flashinfer")
+    assert ways["decode graph"] == 0 and ways["run graphs"] >= NUM_NEW
+
+
+@named("llama-mha")
+def test_flashinfer_that_is_not_installed(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'sapwood\[flashinfer\]'"):
+        Driver(built.bf16_dir, device="cuda", attention_backend="flashinfer")
 
 
 @pytest.mark.parametrize("built", [t for t in TINY if t.name == "llama-mha"], indirect=True, ids=str)

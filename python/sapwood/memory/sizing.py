@@ -16,6 +16,10 @@ from sapwood.errors import InvalidRequest
 
 # Page ids are int32.
 MAX_PAGES = 2**31 - 1
+# mem_fraction_static's defaults. A machine has others to serve; a GPU has us alone, and what is left when the pool is
+# sized is needed for little more than a step of unusual shape.
+CPU_FRACTION = 0.5
+GPU_FRACTION = 0.9
 
 
 def free_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -95,12 +99,15 @@ def size_pool(
     page and a token fit, or the pool asked for is more than is free.
     """
     page_size = groups[0].page_size
+    fraction = config.mem_fraction_static
+    if fraction is None:
+        fraction = GPU_FRACTION if config.device == "cuda" else CPU_FRACTION
     free = free_memory_bytes() if free_bytes is None else free_bytes
     if config.max_total_tokens is not None:
         full_pages = -(-config.max_total_tokens // page_size)
     else:
         useful = config.max_running_requests * -(-context_len // page_size)
-        budget = int(free * config.mem_fraction_static)
+        budget = int(free * fraction)
         full_pages = min(useful, MAX_PAGES)
         if _bytes(config, groups, full_pages) > budget:
             # Bytes grow with full_pages in every group, so the largest number that fits can be bisected.
@@ -116,7 +123,7 @@ def size_pool(
             page_bytes = sum(g.page_bytes for g in groups)
             raise InvalidRequest(
                 f"the KV pool needs at least 2 pages ({2 * page_bytes / 2**20:.1f} MiB), but mem_fraction_static="
-                f"{config.mem_fraction_static} of {free / 2**20:.1f} MiB free memory is {budget / 2**20:.1f} MiB; "
+                f"{fraction} of {free / 2**20:.1f} MiB free memory is {budget / 2**20:.1f} MiB; "
                 "raise --mem-fraction-static, or free memory",
                 "mem_fraction_static",
             )
@@ -126,7 +133,7 @@ def size_pool(
             needed = _bytes(config, groups, -(-asked // page_size))
             raise InvalidRequest(
                 f"one request of context_length={asked} tokens needs {needed / 2**20:.1f} MiB of KV, but "
-                f"mem_fraction_static={config.mem_fraction_static} of {free / 2**20:.1f} MiB free memory is "
+                f"mem_fraction_static={fraction} of {free / 2**20:.1f} MiB free memory is "
                 f"{budget / 2**20:.1f} MiB, room for {full_pages * page_size} tokens; lower --context-length, "
                 "raise --mem-fraction-static, or free memory",
                 "context_length",

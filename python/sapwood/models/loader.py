@@ -15,7 +15,7 @@ from typing import Any
 
 from sapwood import _core
 from sapwood.config import EngineConfig
-from sapwood.errors import InternalError
+from sapwood.errors import InternalError, InvalidRequest
 from sapwood.memory.sizing import max_positions, require_free, size_pool
 from sapwood.models import hub, registry
 from sapwood.models.config import HfConfig, eos_token_ids, generation_defaults
@@ -23,6 +23,7 @@ from sapwood.models.weights import (
     Checkpoint,
     fill_rope_tables,
     fill_store,
+    part_rows,
     resolve_dtype,
     rope_table_bytes,
     slot_array,
@@ -129,6 +130,10 @@ def _start(
     """(executor, runner, groups, pages of each group) on the configured device; weights first, so that the pool gets
     what is left.
     """
+    if config.device != "cuda":
+        for name in ("attention_backend", "disable_cuda_graph", "cuda_graph_max_bs"):
+            if getattr(config, name):
+                raise InvalidRequest(f"{name} is for device 'cuda', not {config.device!r}; leave it out", name)
     match config.device:
         case "cpu":
             groups = native.kv_groups(program, config.page_size, int8_kv=native.has_int8_kv(program, config))
@@ -182,16 +187,19 @@ def _start(
             )
         case "cuda":
             from sapwood.program import cuda  # torch, as above
-            from sapwood.program.plan_executor import PlanExecutor
 
-            cuda.check_supported(program, config)
-            library, device = cuda.open_device()
-            groups = cuda.kv_groups(program, config.page_size)
-            weights = cuda.upload_weights(program, lambda slot: slot_array(slot, checkpoint, program.act), device)
-            num_pages = size_pool(config, groups, context_len=context_len, free_bytes=cuda.free_bytes(device))
-            runner = cuda.CudaModel(program, weights, num_pages, config.page_size, device=device, library=library)
-            rows = _core.RowTable(groups, config.max_running_requests)
-            return PlanExecutor(runner, rows, trace_capacity=config.trace_capacity), runner, groups, num_pages
+            device = cuda.CudaDevice(
+                program,
+                cuda.WeightSource(
+                    None if checkpoint is None else lambda part: part_rows(part, checkpoint),
+                    lambda slot: slot_array(slot, checkpoint, program.act),
+                ),
+                config,
+                context_len=context_len,
+                max_step_tokens=max_step_tokens,
+            )
+            num_pages = size_pool(config, device.groups, context_len=context_len, free_bytes=device.free_bytes)
+            return device.start(num_pages), device.model, device.groups, num_pages
         case _:
             raise InternalError(f"no device {config.device!r}")
 

@@ -424,6 +424,17 @@ def slot_array(slot: WeightSlot, checkpoint: Checkpoint | None, act: ActDType) -
     return round_to_bfloat16(array) if act == "bfloat16" and in_act else array
 
 
+def part_rows(part: TensorPart, checkpoint: Checkpoint) -> np.ndarray[Any, Any]:
+    """A part's rows as the file has them: the bits of bfloat16 as uint16, mapped and read-only; float16, widened, and
+    float32 as float32.
+    """
+    tensor = checkpoint.tensors[part.tensor]
+    if tensor.dtype != "bfloat16":
+        return _as_float32(tensor)[part.row_begin : part.row_begin + part.num_rows]
+    raw = tensor.data if tensor.data.ctypes.data % 2 == 0 else tensor.data.copy()
+    return raw.view(np.uint16).reshape(tensor.shape)[part.row_begin : part.row_begin + part.num_rows]
+
+
 def _as_float32(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     raw = tensor.data if tensor.data.ctypes.data % tensor.item_bytes == 0 else tensor.data.copy()
     match tensor.dtype:

@@ -350,6 +350,10 @@ class CommitStepParams(Params):
     )
 
 
+class NotifyParams(Params):
+    _fields_ = (("struct_size", ctypes.c_uint32), ("event_fd", _I32), ("done_ns", _PTR))
+
+
 OPS: Final[dict[str, type[Params]]] = {
     "rms_norm": RmsNormParams,
     "rope_kv_write": RopeKvWriteParams,
@@ -363,6 +367,7 @@ OPS: Final[dict[str, type[Params]]] = {
     "moe_gemm_small": MoeGemmSmallParams,
     "moe_combine": MoeCombineParams,
     "sample": SampleParams,
+    "notify": NotifyParams,
     "row_ops": RowOpsParams,
     "prepare_step": PrepareStepParams,
     "commit_step": CommitStepParams,
@@ -375,7 +380,9 @@ class CudaLibrary:
     def __init__(self, path: Path) -> None:
         """Raises SapwoodError where the file does not load or is of another ABI version."""
         try:
-            self._library = ctypes.CDLL(str(path))
+            # Not CDLL: a launch takes microseconds, and a thread that lets go of the GIL for it may wait milliseconds
+            # to get it back from a busy event loop.
+            self._library = ctypes.PyDLL(str(path))
         except OSError as error:
             raise SapwoodError(f"{path} does not load as a library: {error}") from None
         self._library.sapwood_cuda_last_error.restype = ctypes.c_char_p
