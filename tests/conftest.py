@@ -90,3 +90,15 @@ def emulated_tree() -> Path:
 def emulated(emulated_tree: Path) -> CudaLibrary:
     """The CUDA kernels on the CPU."""
     return CudaLibrary(emulated_tree / "libsapwood_cuda_emulated.so")
+
+
+@pytest.fixture(scope="session")
+def cuda_device(request: pytest.FixtureRequest) -> tuple[CudaLibrary, str]:
+    """Device "cuda", as cuda.open_device gives it: the GPU, where there is one, else the kernels on the CPU."""
+    import torch
+
+    from sapwood.program import cuda
+
+    if torch.cuda.is_available():
+        return cuda.open_device()
+    return request.getfixturevalue("emulated"), "cpu"

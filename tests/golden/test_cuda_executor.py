@@ -1,4 +1,4 @@
-"""Device "cuda" against transformers: the executor, torch and the kernels, on the CPU (tests/cuda/emulator)."""
+"""Device "cuda" against transformers: executor, torch and kernels, on a GPU or the CPU (tests/cuda/emulator)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BF16_TOLERANCE = 3e-2
 
 
 @pytest.fixture(autouse=True)
-def _emulated_device(emulated: CudaLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "open_device", lambda: (emulated, "cpu"))
+def _device(cuda_device: tuple[CudaLibrary, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "open_device", lambda: cuda_device)
 
 
 def supported(built: Built) -> bool:

@@ -121,6 +121,8 @@ def test_every_field_is_a_flag_and_arrives(engine: type[FakeEngine]) -> None:
         "--max-step-ms": "-1",
         "--request-timeout-s": "3",
         "--num-threads": "2",
+        "--attention-backend": "flashinfer",
+        "--cuda-graph-max-bs": "8",
         "--cpu-isa": "avx2",
         "--trace-capacity": "5",
         "--random-seed": "1",
@@ -138,6 +140,8 @@ def test_every_field_is_a_flag_and_arrives(engine: type[FakeEngine]) -> None:
         "--disable-radix-cache",
         "--disable-overlap-schedule",
         "--skip-lm-head-quantization",
+        "--disable-cuda-graph",
+        "--enable-deterministic-inference",
     ]
     assert cli.main(["generate", "m", "x", *arguments]) == 0
     params, settings = engine.made[0].asked[0][1], engine.made[0].settings

@@ -112,6 +112,7 @@ OTHER_NAMES = {
     "max_model_len": (["--max-model-len", "64"], {"context_length": 64}),
     "max_num_seqs": (["--max-num-seqs", "3"], {"max_running_requests": 3}),
     "max_num_batched_tokens": (["--max-num-batched-tokens", "128"], {"chunked_prefill_size": 128}),
+    "enforce_eager": (["--enforce-eager"], {"disable_cuda_graph": True}),
     "block_size": (["--block-size", "32"], {"page_size": 32}),
     "seed": (["--seed", "5"], {"random_seed": 5}),
     "scheduling_policy": (["--scheduling-policy", "priority"], {"schedule_policy": "priority"}),
