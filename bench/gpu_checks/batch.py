@@ -202,6 +202,7 @@ class Rows:
         )  # fmt: skip
         self.result = Guarded(d, "result", np.uint8, self.packer.result_bytes)
         self.blob = torch.empty(0)
+        self.failed_rows: list[int] = []  # page_rows of the step that failed last
 
     def upload(self, plan: Any) -> Any:
         """Packs the plan; the blob is on the device, and behind it nothing."""
@@ -272,6 +273,7 @@ class Rows:
         return self.finish_failed(plan, packed, self.prepare(*sizes))
 
     def finish_failed(self, plan: Any, packed: Any, arrays: dict[str, Guarded]) -> str:
+        self.failed_rows = arrays["page_rows"].numpy()[: packed.num_items].tolist()
         drawn = np.ones(max(packed.num_logit_rows, 1), np.int32)
         self.commit(arrays["page_rows"], drawn, drawn.astype(np.float32), 0 * drawn)
         result = self.finish(plan, packed.sequence)
@@ -459,6 +461,8 @@ class Loop:
         for row in self.rng.permutation(self.sizes.max_rows).tolist():
             if row not in self.requests and self.chance(0.3):
                 self.admit(writer, row)
+            if row in self.requests and self.chance(0.05):
+                writer.op(FREE, row, self.requests[row].gen - 1)  # late, and of no row any more
         for row in self.rng.permutation(list(self.requests)).tolist():
             if self.chance(0.85):
                 self.plan_row(writer, self.requests[row])
@@ -555,8 +559,8 @@ def raises_in_table(pair: Pair, writer: PlanWriter) -> None:
 
 
 def two_live_rows(d: Device, sizes: Sizes) -> Pair:
-    """Rows 1 to 3 of generations 5 to 7 with 6 tokens each and two pages; their first tokens are drawn, so that the
-    host no longer knows that they live.
+    """Rows 1 to 3 of generations 5 to 7 with 6 tokens each and two pages; their first tokens are drawn: the host does
+    not know any more that they live.
     """
     pair = Pair(d, sizes, 3)
     writer = PlanWriter(1)
@@ -615,13 +619,15 @@ def check_row_ops(d: Device) -> int:
         raises_in_table(pair, writer)
         error = pair.device.fail(writer)
         assert said in error, error
+        assert pair.device.failed_rows == [11], "an item ran on rows that are not as planned"
         assert_ended(pair, [3])
         cases += 1
     # The first of several, whichever row's it is.
-    for first in (1, 2):
+    for first, second in ((1, 2), (2, 1)):
         pair = two_live_rows(d, Sizes())
-        writer = PlanWriter(2).op(TRUNCATE, first, 4 + first, value=50).op(TRUNCATE, 3 - first, 7 - first, value=51)
-        assert f"row {first} cannot" in pair.device.fail(writer)
+        writer = PlanWriter(2).op(TRUNCATE, first, 4 + first, value=50).op(TRUNCATE, second, 4 + second, value=51)
+        error = pair.device.fail(writer.op(FORCE, first, 4 + first, ids=[1], value=52))
+        assert f"row {first} cannot be truncated" in error, error
         cases += 1
 
     # A device that has not seen what the packer has packed, or has seen it twice.
@@ -658,7 +664,7 @@ def check_row_ops(d: Device) -> int:
 def check_prepare_step(d: Device) -> int:
     """Play with long chunks and much padding; one launch and two; what the RowTable throws on."""
     cases = play(d, Sizes(page_size=16, max_pages=7), 120, seed=11, max_chunk=60)
-    cases += play(d, Sizes(num_groups=3, page_size=5, max_rows=3), 60, seed=12, lag=0)
+    cases += play(d, Sizes(num_groups=3, page_size=5, max_rows=4), 100, seed=12, lag=0)
     # More items than the block has threads.
     sizes = Sizes(num_groups=1, max_rows=601, max_pages=3)
     pair = Pair(d, sizes, 13)
@@ -711,6 +717,7 @@ def check_prepare_step(d: Device) -> int:
     raises_in_table(pair, writer)
     error = pair.device.fail(writer)
     assert "item 1 (extend of row 2): expects kv_len 5, the row has 6" in error, error
+    assert pair.device.failed_rows == [3, 11, 11]
     assert_ended(pair, [])
     cases += 1
 
@@ -734,6 +741,13 @@ def check_commit_step(d: Device) -> int:
     cases = 0
     for lag in (0, 1, 4):
         cases += play(d, Sizes(max_rows=6, max_pages=12), 80, seed=20 + lag, lag=lag)
+
+    # A failed step ends the rows that it names by their generation.
+    pair = two_live_rows(d, Sizes())
+    writer = PlanWriter(2).op(FREE, 3, 6).op(TRUNCATE, 2, 6, value=50).decode(1, 4)
+    assert "row 2 cannot be truncated" in pair.device.fail(writer)
+    assert_ended(pair, [1, 3])
+    cases += 1
 
     # A plan that the packer refuses ends its rows, with the next blob: those of the failed step alone.
     pair = two_live_rows(d, Sizes())

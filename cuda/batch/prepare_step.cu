@@ -230,10 +230,8 @@ __device__ void PrepareTokensAndLogitRows(const SapwoodPrepareStepParams& p, int
 }
 
 __global__ void __launch_bounds__(kThreads) PrepareStepKernel(const SapwoodPrepareStepParams p, bool all) {
-  PrepareItems(p);
-  if (!all) return;
-  __syncthreads();
-  PrepareTokensAndLogitRows(p, threadIdx.x, kThreads);
+  PrepareItems(p);  // what the rest reads is written before its last barrier
+  if (all) PrepareTokensAndLogitRows(p, threadIdx.x, kThreads);
 }
 
 __global__ void __launch_bounds__(kTokenThreads, 4) PrepareTokensKernel(const SapwoodPrepareStepParams p) {
