@@ -9,7 +9,9 @@
 //   planned  KV length once every launched step has run (planned_len)
 //   written  the part of both that launched steps certainly write: what may be put into the cache
 //
-// While a row decodes, planned == known - 1 + samples in flight: the newest token is sampled but not yet in the KV.
+// While a row decodes, planned == known - 1 + samples in flight: the newest token is sampled but not yet in the KV. A held
+// row (its mask was late) has planned == known and nothing in flight that will run: decode items launched before the loop
+// heard of the hold are skipped by the executor, and have given their part of `planned` back when it did.
 #include "batch/batch_builder.h"
 
 #include <algorithm>
@@ -26,14 +28,16 @@ namespace {
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 
 struct Row {
-  RowPhase phase = RowPhase::kFree;  // never kPaused: that is `paused` on top of kExtend or kDecode
+  RowPhase phase = RowPhase::kFree;  // never kPaused: that is `paused` on top of kExtend, kDecode or kHeld
   bool paused = false;
   bool on_device = false;            // its kInit is in a plan
   bool worthless = false;            // bad logits or a failed step: nothing of it may be matched by others
   uint32_t gen = 0;
   int32_t in_flight = 0;             // launched, unretired steps that name it
   int32_t samples_in_flight = 0;     // those of them that sample a token for it
+  int32_t skips_in_flight = 0;       // those that were to, but were launched on top of one that was held: the oldest
   int64_t planned_len = 0;
+  int64_t mask_position = -1;        // newest token whose mask has been posted
   int64_t max_len = 0;
   int64_t capacity = 0;              // tokens its lease has pages for
   int64_t last_step = kNoStep;       // newest step that names it
@@ -58,6 +62,8 @@ struct Row {
     return std::min(planned_len, phase == RowPhase::kDone ? known() - 1 : known());
   }
 };
+
+bool Samples(const PlanItem& item) { return item.kind == ItemKind::kResume || item.logit_from < item.q_len; }
 
 struct RowRef {
   int32_t row;
@@ -269,18 +275,22 @@ struct BatchBuilder::Impl {
                            .logit_from = logit_from,
                            .token_begin = token_begin,
                            .kv_len = kv_len});
+    const bool samples = Samples(plan->items.back());
+    if (samples && row.spec.masked) plan->mask_rows.push_back(row.spec.init.row);
     row.planned_len += q_len;
     row.last_step = step_id;
     ++row.in_flight;
-    row.samples_in_flight += logit_from < q_len;
-    built.num_kv += row.planned_len;
-    built.num_logit_rows += q_len - logit_from;
+    row.samples_in_flight += samples;
+    built.num_kv += q_len > 0 ? row.planned_len : 0;
+    built.num_logit_rows += kind == ItemKind::kResume ? 1 : q_len - logit_from;
   }
 
   // After the row's pages of this step are committed: the step itself still reads what is given up here.
   void SlideWindow(Row& row) {
-    if (row.planned_len < row.next_slide) return;
-    cache->SlideWindow(row.lease, row.planned_len, step_id);
+    // Where the oldest sample in flight may yet be held, the next query is the one behind the known tokens.
+    const int64_t len = row.spec.masked ? std::min(row.planned_len, row.known()) : row.planned_len;
+    if (len < row.next_slide) return;
+    cache->SlideWindow(row.lease, len, step_id);
     row.next_slide = NextSlide(row);
   }
 
@@ -290,6 +300,11 @@ struct BatchBuilder::Impl {
     const int32_t before = built.num_decode_rows;
     for (const int32_t r : live) {
       Row& row = rows[r];
+      if (row.runs(RowPhase::kHeld) && row.mask_position >= row.known() && !InThisStep(row)) {
+        AddItem(row, ItemKind::kResume, 0, 0, 0, -1);
+        row.phase = RowPhase::kDecode;
+        ++built.num_resume_rows;
+      }
       // The token that makes max_len is sampled by the step that writes max_len - 1 tokens.
       if (!row.runs(RowPhase::kDecode) || row.planned_len >= row.max_len - 1 || InThisStep(row)) continue;
       if (!Reserve(row, row.planned_len + 1)) {
@@ -386,12 +401,14 @@ struct BatchBuilder::Impl {
       Row& row = rows[items[i].row];
       if (row.gen != items[i].gen) continue;
       --row.in_flight;
-      row.samples_in_flight -= items[i].logit_from < items[i].q_len;
+      const bool skips = Samples(items[i]) && row.skips_in_flight > 0;
+      row.skips_in_flight -= skips;
+      row.samples_in_flight -= Samples(items[i]) && !skips;
       if (failed || !row.lease.valid()) {
         // A row that shares pages of a failed step sampled from garbage: its token is not one.
         EndRow(row, true);
       } else if (!row.worthless) {
-        CommitItem(row, items[i], result, result.items[i], &out);
+        CommitItem(row, items[i], skips, result, result.items[i], &out);
       }
     }
     for (const RowRef ref : step.forks) {
@@ -428,16 +445,20 @@ struct BatchBuilder::Impl {
     }
   }
 
-  static void CommitItem(Row& row, const PlanItem& planned, const StepResult& result, const ResultItem& item,
-                         Committed* out) {
+  // skips: the item was launched on top of one that came back held.
+  static void CommitItem(Row& row, const PlanItem& planned, bool skips, const StepResult& result,
+                         const ResultItem& item, Committed* out) {
     const int32_t r = item.row;
+    if (skips) {
+      SAPWOOD_CHECK(item.flags == (kSkipped | kHeld), "row ", r, " was held but step ", result.step_id, " computed it");
+      return;
+    }
     if (item.flags & kSkipped) {
       SAPWOOD_CHECK(row.phase == RowPhase::kDone, "row ", r, " was skipped by step ", result.step_id,
                     " but has not ended");
       return;
     }
     SAPWOOD_CHECK(row.phase != RowPhase::kDone, "row ", r, " has ended but step ", result.step_id, " computed it");
-    SAPWOOD_CHECK(!(item.flags & kHeld), "row ", r, " was held by step ", result.step_id, ": no mask was asked for");
     const auto push = [&](int32_t token, float logprob) {
       out->rows.push_back(r);
       out->tokens.push_back(token);
@@ -445,7 +466,18 @@ struct BatchBuilder::Impl {
       out->logprobs.push_back(logprob);
     };
     const bool bad = item.flags & kBadLogits;
-    const bool samples = planned.logit_from < planned.q_len;
+    const bool samples = Samples(planned);
+    if (item.flags & kHeld) {
+      SAPWOOD_CHECK(row.spec.masked && samples && item.n == 0, "row ", r, " was held by step ", result.step_id,
+                    ": no mask was asked for");
+      row.phase = RowPhase::kHeld;
+      // Decode items all of them, a token each.
+      row.planned_len -= row.samples_in_flight;
+      row.skips_in_flight += std::exchange(row.samples_in_flight, 0);
+      push(-1, std::nanf(""));
+      out->flags.back() = item.flags;
+      return;
+    }
     SAPWOOD_CHECK(bad || (item.n > 0) == samples, "row ", r, " was to sample ", samples, " tokens in step ",
                   result.step_id, ", got ", item.n);
     if (item.n == 0 || bad) {
@@ -519,10 +551,9 @@ void BatchBuilder::Impl::CheckRow(const Row& row, int32_t r) const {
                 row.committed_len, " of ", row.planned_len);
   SAPWOOD_CHECK(row.on_device || (row.planned_len == row.cached_len && row.samples_in_flight == 0), "row ", r,
                 " was planned without an init");
-  SAPWOOD_CHECK(row.samples_in_flight >= 0 && row.samples_in_flight <= row.in_flight, "row ", r, " samples ",
-                row.samples_in_flight, " of ", row.in_flight);
   SAPWOOD_CHECK(row.known() <= row.max_len, "row ", r, " has ", row.known(), " tokens of ", row.max_len);
-  SAPWOOD_CHECK(!row.paused || row.phase == RowPhase::kExtend || row.phase == RowPhase::kDecode, "row ", r, " paused");
+  SAPWOOD_CHECK(!row.paused || row.phase != RowPhase::kDone, "row ", r, " paused");
+  SAPWOOD_CHECK(row.spec.masked || row.skips_in_flight == 0, "row ", r, " was held: no mask was asked for");
   if (row.phase == RowPhase::kExtend) {
     SAPWOOD_CHECK(row.planned_len < row.known(), "row ", r, " has no token left to extend");
     SAPWOOD_CHECK(row.samples_in_flight == 0, "row ", r, " samples while it extends");
@@ -530,24 +561,32 @@ void BatchBuilder::Impl::CheckRow(const Row& row, int32_t r) const {
     SAPWOOD_CHECK(row.planned_len == row.known() - 1 + row.samples_in_flight, "row ", r, " planned ", row.planned_len,
                   ", known ", row.known(), ", samples in flight ", row.samples_in_flight);
     SAPWOOD_CHECK(row.planned_len < row.max_len, "row ", r, " planned past max_len");
+  } else if (row.phase == RowPhase::kHeld) {
+    SAPWOOD_CHECK(row.spec.masked && row.planned_len == row.known() && row.samples_in_flight == 0, "held row ", r,
+                  " planned ", row.planned_len, ", known ", row.known(), ", samples in flight ",
+                  row.samples_in_flight);
   }
 }
 
 void BatchBuilder::Impl::CheckInvariants() const {
   SAPWOOD_CHECK(live.size() + free_rows.size() == rows.size(), live.size(), " live + ", free_rows.size(), " free of ",
                 rows.size());
-  std::vector<int32_t> named(rows.size(), 0);
+  std::vector<int32_t> named(rows.size(), 0), sampled(rows.size(), 0);
   const auto count = [&](int32_t r, uint32_t gen) {
     if (rows[r].gen == gen) ++named[r];
+  };
+  const auto count_item = [&](const PlanItem& item) {
+    count(item.row, item.gen);
+    if (rows[item.row].gen == item.gen) sampled[item.row] += Samples(item);
   };
   int64_t before = kNoStep;
   for (const LaunchedStep& step : launched) {
     SAPWOOD_CHECK(step.step_id > before, "launched steps out of order");
     before = step.step_id;
-    for (const PlanItem& item : step.plan->items) count(item.row, item.gen);
+    for (const PlanItem& item : step.plan->items) count_item(item);
     for (const RowRef ref : step.forks) count(ref.row, ref.gen);
   }
-  for (const PlanItem& item : plan->items) count(item.row, item.gen);
+  for (const PlanItem& item : plan->items) count_item(item);
   int64_t order = -1;
   for (const int32_t r : live) {
     const Row& row = rows[r];
@@ -556,6 +595,10 @@ void BatchBuilder::Impl::CheckInvariants() const {
     order = row.order;
     SAPWOOD_CHECK(row.in_flight == named[r], "row ", r, " says ", row.in_flight, " steps in flight, ", named[r],
                   " name it");
+    SAPWOOD_CHECK(row.samples_in_flight >= 0 && row.skips_in_flight >= 0 &&
+                      row.samples_in_flight + row.skips_in_flight == sampled[r],
+                  "row ", r, " says ", row.samples_in_flight, " samples and ", row.skips_in_flight, " skips in flight, ",
+                  sampled[r], " items sample it");
     CheckRow(row, r);
   }
   for (const int32_t r : free_rows) {
@@ -588,6 +631,11 @@ int32_t BatchBuilder::AddExtend(int32_t row, int32_t max_tokens) { return impl_-
 BuiltStep BatchBuilder::EndStep() { return impl_->EndStep(); }
 Committed BatchBuilder::Commit(const StepResult& result) { return impl_->Commit(result); }
 
+void BatchBuilder::MaskPosted(int32_t row, int64_t position) {
+  Row& r = impl_->GetLive(row);
+  SAPWOOD_REQUIRE(r.spec.masked, "row ", row, " draws without masks: admit it with masked = true");
+  r.mask_position = std::max(r.mask_position, position);
+}
 void BatchBuilder::Pause(int32_t row) {
   Row& r = impl_->GetLive(row);
   r.paused = r.phase != RowPhase::kDone;

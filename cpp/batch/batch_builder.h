@@ -6,6 +6,7 @@
 //
 //   Admit -> [kExtend: prompt chunks] -> [kDecode: one token a step] -> Release
 //                     Pause: leave the row out of new plans (draining before retraction)
+//                     kHeld: came back without a token, its mask was late; MaskPosted lets it go on as kDecode
 //
 // Thread safety: none; owned by the event loop's thread, like the CacheManager it uses.
 #pragma once
@@ -27,6 +28,7 @@ struct RowSpec {
   std::vector<int32_t> tokens;    // known tokens: the prompt, and after a retraction the outputs so far
   std::vector<int32_t> keys;      // cache key ids; empty = the token ids (else same length as tokens)
   std::vector<int32_t> stop_ids;
+  bool masked = false;            // every token drawn for it obeys a mask that the loop posts (Executor::PostMask)
   RowInit init;                   // row, gen, kv_len and the stop range are filled in by the builder
 };
 
@@ -36,7 +38,7 @@ struct Admitted {
   int64_t cached_len;
 };
 
-enum class RowPhase : uint8_t { kFree, kExtend, kDecode, kPaused, kDone };
+enum class RowPhase : uint8_t { kFree, kExtend, kDecode, kHeld, kPaused, kDone };
 
 // One step as built: the plan and what the scheduler wants to know of it.
 struct BuiltStep {
@@ -45,6 +47,7 @@ struct BuiltStep {
   std::vector<int32_t> blocked;             // decode rows left out for want of a page, newest admission first
   int32_t num_extend_tokens = 0;
   int32_t num_decode_rows = 0;
+  int32_t num_resume_rows = 0;              // held rows that draw their token: a logit row each, no query token
   int64_t num_kv = 0;                       // KV positions the step will attend to (upper bound)
   int32_t num_logit_rows = 0;
 };
@@ -52,7 +55,7 @@ struct BuiltStep {
 // What a result meant for the rows it still concerns, flat, in item order.
 struct Committed {
   std::vector<int32_t> rows;
-  std::vector<int32_t> tokens;     // -1 where an item produced none (mid-prompt chunk)
+  std::vector<int32_t> tokens;     // -1 where an item produced none (mid-prompt chunk, kHeld)
   std::vector<uint8_t> flags;      // ResultFlags
   std::vector<float> logprobs;
 };
@@ -84,18 +87,24 @@ class BatchBuilder {
   // The incremental form of Build, so that a follower admitted between two calls hits its leader's pages.
   // step_id must exceed every launched step's; that of a step without items may be used again.
   void BeginStep(int64_t step_id);
-  int32_t AddDecodes();                        // returns rows added
+  // Every kDecode row, and of the kHeld rows those whose mask has been posted, as kResume. Returns decode items added.
+  int32_t AddDecodes();
   int32_t AddExtend(int32_t row, int32_t max_tokens);  // returns tokens granted
   BuiltStep EndStep();
 
   // Take a result in: append tokens, note the end of rows, retire the step (cache limbo included).
+  // A row whose mask was late (flag kHeld, token -1) becomes kHeld; what was launched for it meanwhile is skipped.
   // A row that ended (flags kFinished*, kBadLogits) becomes kDone; the caller must Release it. Results come in launch
   // order; items that were skipped or whose row was released leave no entry. A failed step (result.error) gives an
   // empty answer, makes every row it named kDone and worthless, and takes out of the cache what it and later steps were
   // to compute. Rows that share such pages become !valid(): their results are dropped too, release and recompute them.
   Committed Commit(const StepResult& result);
 
-  // Leave the row out of new plans from now on / take it back in (back to kExtend or kDecode).
+  // The loop has posted the mask of the masked row's token at absolute position `position`. Says so for every mask, in
+  // time or late: a row that comes back held after its mask was posted goes on all the same.
+  void MaskPosted(int32_t row, int64_t position);
+
+  // Leave the row out of new plans from now on / take it back in (back to kExtend, kDecode or kHeld).
   void Pause(int32_t row);
   void Resume(int32_t row);
 

@@ -51,10 +51,10 @@ struct PlanItem {
   int32_t row;
   uint32_t gen;
   ItemKind kind;
-  int32_t q_len;        // query tokens; 1 for kDecode
-  int32_t logit_from;   // first query token that yields a logit row; == q_len for none
+  int32_t q_len;        // query tokens; 1 for kDecode, 0 for kResume
+  int32_t logit_from;   // first query token that yields a logit row; == q_len for none. kResume: 0, and one logit row
   int32_t token_begin;  // kExtend: its ids in StepPlan.tokens; unused by kDecode (last_token is on the device)
-  int64_t kv_len;       // kExtend: kv_len expected before the step (a mismatch is an error of ours); kDecode: -1
+  int64_t kv_len;       // kExtend: kv_len expected before the step (a mismatch is an error of ours); else -1
 };
 
 struct StepPlan {
@@ -65,7 +65,7 @@ struct StepPlan {
   std::vector<PlanItem> items;   // at most one per row
   std::vector<int32_t> tokens;
   std::vector<PageCopy> copies;  // done in order, after row_ops, before the forward
-  std::vector<int32_t> mask_rows;
+  std::vector<int32_t> mask_rows;  // rows of items whose drawn token must obey the mask posted for it (mask_table.h)
 
   // Flat bytes and back, for rings and the flight recorder. Deserialize throws InvalidArgument on
   // truncated or foreign bytes.
@@ -76,9 +76,9 @@ struct StepPlan {
 enum ResultFlags : uint8_t {
   kFinishedStop = 1,    // the token is an EOS or stop id
   kFinishedLength = 2,  // max_len reached
-  kHeld = 4,            // grammar mask was late; comes back as kResume
+  kHeld = 4,            // its mask was late: the token is not drawn, the row waits; comes back as kResume
   kBadLogits = 8,       // NaN, or every logit -inf: the row has ended with an error
-  kSkipped = 16,        // the row was not alive: nothing was computed
+  kSkipped = 16,        // the row was not alive, or (with kHeld) waits for a mask: nothing was computed
 };
 
 struct ResultItem {

@@ -21,7 +21,7 @@ std::span<const int32_t> Slice(const std::vector<int32_t>& ids, int32_t begin, i
 
 }  // namespace
 
-RowTable::RowTable(std::vector<KvGroup> groups, int32_t max_rows) : groups_(std::move(groups)) {
+RowTable::RowTable(std::vector<KvGroup> groups, int32_t max_rows, int32_t vocab_size) : groups_(std::move(groups)) {
   SAPWOOD_REQUIRE(!groups_.empty(), "groups must not be empty");
   SAPWOOD_REQUIRE(max_rows > 0, "max_rows must be positive, got ", max_rows);
   for (const KvGroup& group : groups_) {
@@ -31,6 +31,8 @@ RowTable::RowTable(std::vector<KvGroup> groups, int32_t max_rows) : groups_(std:
   }
   rows_.resize(max_rows);
   for (RowState& row : rows_) row.pages.resize(groups_.size());
+  masked_.resize(max_rows);
+  masks_ = std::make_unique<MaskTable>(max_rows, vocab_size);
 }
 
 void RowTable::ApplyRowOps(const StepPlan& plan) {
@@ -48,12 +50,16 @@ void RowTable::ApplyRowOps(const StepPlan& plan) {
       row.kv_len = init.kv_len;
       row.last_token = 0;
       row.alive = true;
+      row.held = false;
+      masks_->Begin(op.row, op.gen);
       row.stop_ids.assign(stop_ids.begin(), stop_ids.end());
       for (auto& table : row.pages) table.clear();
       continue;
     }
     if (op.kind == RowOpKind::kFree) {
-      if (row.gen == op.gen) row.alive = false;
+      if (row.gen != op.gen) continue;
+      row.alive = false;
+      masks_->End(op.row, op.gen);
       continue;
     }
     SAPWOOD_CHECK(row.gen == op.gen, "row op for generation ", op.gen, " of row ", op.row, ", which is at ", row.gen);
@@ -70,12 +76,14 @@ void RowTable::ApplyRowOps(const StepPlan& plan) {
         SAPWOOD_CHECK(!ids.empty() && op.value == row.kv_len, "forced tokens at position ", op.value, " of row ",
                       op.row, ", whose next position is ", row.kv_len);
         row.last_token = ids.back();
+        row.held = false;  // what it waited to draw has been given
         break;
       }
       case RowOpKind::kTruncate:
         if (!row.alive) break;
         SAPWOOD_CHECK(op.value >= 0 && op.value <= row.kv_len, "row ", op.row, " cannot be truncated to ", op.value,
                       " from ", row.kv_len);
+        if (op.value < row.kv_len) row.held = false;  // the hidden state that is kept is no longer the row's last
         row.kv_len = op.value;
         break;
       default:
@@ -95,7 +103,10 @@ void RowTable::Prepare(const StepPlan& plan, StepBatch* out) {
   out->segments.clear();
   out->logit_src.clear();
   out->logit_segment.clear();
+  out->logit_position.clear();
+  out->logit_masked.clear();
   out->skipped_items.clear();
+  out->held_items.clear();
   out->slots.resize(num_groups);
   out->page_tables.resize(num_groups);
   for (size_t g = 0; g < num_groups; ++g) {
@@ -103,14 +114,20 @@ void RowTable::Prepare(const StepPlan& plan, StepBatch* out) {
     out->page_tables[g].clear();
   }
 
+  std::fill(masked_.begin(), masked_.end(), 0);
+  for (const int32_t r : plan.mask_rows) {
+    SAPWOOD_CHECK(r >= 0 && r < max_rows(), "mask_rows names row ", r, " of ", max_rows());
+    masked_[r] = 1;
+  }
+
   for (size_t i = 0; i < plan.items.size(); ++i) {
     const PlanItem& item = plan.items[i];
     SAPWOOD_CHECK(item.row >= 0 && item.row < max_rows(), "item ", i, " names row ", item.row, " of ", max_rows());
-    const bool decode = item.kind == ItemKind::kDecode;
-    SAPWOOD_CHECK(decode || item.kind == ItemKind::kExtend, "item ", i, ": ", ItemKindName(item.kind),
+    const bool decode = item.kind == ItemKind::kDecode, resume = item.kind == ItemKind::kResume;
+    SAPWOOD_CHECK(decode || resume || item.kind == ItemKind::kExtend, "item ", i, ": ", ItemKindName(item.kind),
                   " is not supported by this executor");
-    SAPWOOD_CHECK(item.q_len >= 1 && (!decode || item.q_len == 1), "item ", i, ": ", ItemKindName(item.kind), " of ",
-                  item.q_len, " tokens");
+    SAPWOOD_CHECK(resume ? item.q_len == 0 : item.q_len >= 1 && (!decode || item.q_len == 1), "item ", i, ": ",
+                  ItemKindName(item.kind), " of ", item.q_len, " tokens");
     SAPWOOD_CHECK(item.logit_from >= 0 && item.logit_from <= item.q_len, "item ", i, ": logit_from ", item.logit_from,
                   " of ", item.q_len);
     RowState& row = rows_[item.row];
@@ -118,10 +135,16 @@ void RowTable::Prepare(const StepPlan& plan, StepBatch* out) {
       out->skipped_items.push_back(static_cast<int32_t>(i));
       continue;
     }
+    if (decode && row.held) {  // planned before the loop heard that the token it was to feed was not drawn
+      out->held_items.push_back(static_cast<int32_t>(i));
+      continue;
+    }
+    SAPWOOD_CHECK(resume == row.held, "item ", i, ": ", ItemKindName(item.kind), " of row ", item.row,
+                  resume ? ", which is not held" : ", which is held");
     const int64_t begin = row.kv_len, end = begin + item.q_len;
     if (decode) {
       out->tokens.push_back(row.last_token);
-    } else {
+    } else if (!resume) {
       SAPWOOD_CHECK(item.kv_len == begin, "extend of row ", item.row, " expects kv_len ", item.kv_len, ", the row has ",
                     begin);
       const auto ids = Slice(plan.tokens, item.token_begin, item.q_len, "extend tokens");
@@ -145,12 +168,18 @@ void RowTable::Prepare(const StepPlan& plan, StepBatch* out) {
       }
       out->page_tables[g].push_back(table.data());
     }
-    for (int32_t q = decode ? 0 : item.logit_from; q < item.q_len; ++q) {
-      out->logit_src.push_back(q_begin + q);
+    const auto add_logit_row = [&](int32_t src, int64_t position, bool drawn) {
+      out->logit_src.push_back(src);
       out->logit_segment.push_back(segment);
+      out->logit_position.push_back(position);
+      out->logit_masked.push_back(drawn && masked_[item.row]);
+    };
+    for (int32_t q = decode ? 0 : item.logit_from; q < item.q_len; ++q) {
+      add_logit_row(q_begin + q, begin + q + 1, q + 1 == item.q_len);
     }
+    if (resume) add_logit_row(-1, end, true);
     row.kv_len = end;
-    out->num_kv += end;
+    if (!resume) out->num_kv += end;
     out->segments.push_back({.row = item.row,
                              .item = static_cast<int32_t>(i),
                              .q_begin = q_begin,
@@ -165,8 +194,14 @@ uint8_t RowTable::CommitSample(int32_t r, const SampledToken& sampled) {
   SAPWOOD_CHECK(r >= 0 && r < max_rows(), "row ", r, " of ", max_rows());
   RowState& row = rows_[r];
   SAPWOOD_CHECK(row.alive, "a token was sampled for row ", r, ", which has ended");
+  if (sampled.held) {
+    row.held = true;
+    return kHeld;
+  }
+  row.held = false;
   if (sampled.bad) {
     row.alive = false;
+    masks_->End(r, row.gen);
     return kBadLogits;
   }
   row.last_token = sampled.token;
@@ -180,6 +215,11 @@ uint8_t RowTable::CommitSample(int32_t r, const SampledToken& sampled) {
     flags = kFinishedLength;
   }
   if (flags != 0) row.alive = false;
+  if (row.alive) {
+    masks_->Drawn(r, row.gen, row.kv_len);
+  } else {
+    masks_->End(r, row.gen);
+  }
   return flags;
 }
 

@@ -16,6 +16,7 @@ const char* PhaseName(RowPhase phase) {
     case RowPhase::kFree: return "free";
     case RowPhase::kExtend: return "extend";
     case RowPhase::kDecode: return "decode";
+    case RowPhase::kHeld: return "held";
     case RowPhase::kPaused: return "paused";
     case RowPhase::kDone: return "done";
   }
@@ -25,9 +26,10 @@ const char* PhaseName(RowPhase phase) {
 RowSpec MakeSpec(uint64_t ns, const Ints& tokens, int64_t prompt_len, int64_t max_len, int64_t min_len,
                  float temperature, int32_t top_k, float top_p, float min_p, uint64_t seed, uint32_t stream,
                  int32_t rope_mode, bool return_logprob, std::vector<int32_t> stop_ids,
-                 const std::optional<Ints>& keys) {
+                 const std::optional<Ints>& keys, bool masked) {
   RowSpec spec;
   spec.ns = ns;
+  spec.masked = masked;
   auto view = View(tokens);
   spec.tokens.assign(view.begin(), view.end());
   if (keys) {
@@ -99,6 +101,7 @@ py::dict PreparedDict(const StepPlan& plan, const StepBatch& batch, const RowTab
   out["token_segment"] = Copy<int32_t>(batch.token_segment);
   out["logit_src"] = Copy<int32_t>(batch.logit_src);
   out["logit_segment"] = Copy<int32_t>(batch.logit_segment);
+  out["logit_masked"] = Copy<uint8_t>(batch.logit_masked);
   out["skipped_items"] = batch.skipped_items;
   py::list segments, slots, tables, copies;
   for (const Segment& s : batch.segments) {
@@ -141,6 +144,7 @@ void BindBatch(py::module_& m) {
                                for (const PlanItem& item : p.items) n += item.q_len;
                                return n;
                              })
+      .def_readonly("mask_rows", &StepPlan::mask_rows)
       .def("items",
            [](const StepPlan& p) {
              py::list out;
@@ -186,6 +190,7 @@ void BindBatch(py::module_& m) {
       .def_readonly("blocked", &BuiltStep::blocked)
       .def_readonly("num_extend_tokens", &BuiltStep::num_extend_tokens)
       .def_readonly("num_decode_rows", &BuiltStep::num_decode_rows)
+      .def_readonly("num_resume_rows", &BuiltStep::num_resume_rows)
       .def_readonly("num_kv", &BuiltStep::num_kv)
       .def_readonly("num_logit_rows", &BuiltStep::num_logit_rows);
 
@@ -196,32 +201,33 @@ void BindBatch(py::module_& m) {
           "admit",
           [](BatchBuilder& b, uint64_t ns, const Ints& tokens, int64_t prompt_len, int64_t max_len, int64_t min_len,
              float temperature, int32_t top_k, float top_p, float min_p, uint64_t seed, uint32_t stream,
-             int32_t rope_mode, bool return_logprob, std::vector<int32_t> stop_ids, const std::optional<Ints>& keys) {
+             int32_t rope_mode, bool return_logprob, std::vector<int32_t> stop_ids, const std::optional<Ints>& keys,
+             bool masked) {
             return AdmittedTuple(b.Admit(MakeSpec(ns, tokens, prompt_len, max_len, min_len, temperature, top_k, top_p,
                                                   min_p, seed, stream, rope_mode, return_logprob, std::move(stop_ids),
-                                                  keys)));
+                                                  keys, masked)));
           },
           py::arg("ns"), py::arg("tokens"), py::kw_only(), py::arg("prompt_len"), py::arg("max_len"),
           py::arg("min_len") = 0, py::arg("temperature") = 1.0f, py::arg("top_k") = 0, py::arg("top_p") = 1.0f,
           py::arg("min_p") = 0.0f, py::arg("seed") = 0, py::arg("stream") = 0, py::arg("rope_mode") = 0,
           py::arg("return_logprob") = false, py::arg("stop_ids") = std::vector<int32_t>{},
-          py::arg("keys") = py::none())
+          py::arg("keys") = py::none(), py::arg("masked") = false)
       .def(
           "admit_fork",
           [](BatchBuilder& b, int32_t parent, int64_t at, uint64_t ns, const Ints& tokens, int64_t prompt_len,
              int64_t max_len, int64_t min_len, float temperature, int32_t top_k, float top_p, float min_p,
              uint64_t seed, uint32_t stream, int32_t rope_mode, bool return_logprob, std::vector<int32_t> stop_ids,
-             const std::optional<Ints>& keys) {
+             const std::optional<Ints>& keys, bool masked) {
             return AdmittedTuple(b.AdmitFork(
                 parent, at,
                 MakeSpec(ns, tokens, prompt_len, max_len, min_len, temperature, top_k, top_p, min_p, seed, stream,
-                         rope_mode, return_logprob, std::move(stop_ids), keys)));
+                         rope_mode, return_logprob, std::move(stop_ids), keys, masked)));
           },
           py::arg("parent"), py::arg("at"), py::arg("ns"), py::arg("tokens"), py::kw_only(), py::arg("prompt_len"),
           py::arg("max_len"), py::arg("min_len") = 0, py::arg("temperature") = 1.0f, py::arg("top_k") = 0,
           py::arg("top_p") = 1.0f, py::arg("min_p") = 0.0f, py::arg("seed") = 0, py::arg("stream") = 0,
           py::arg("rope_mode") = 0, py::arg("return_logprob") = false, py::arg("stop_ids") = std::vector<int32_t>{},
-          py::arg("keys") = py::none())
+          py::arg("keys") = py::none(), py::arg("masked") = false)
       .def("begin_step", &BatchBuilder::BeginStep, py::arg("step_id"))
       .def("add_decodes", &BatchBuilder::AddDecodes)
       .def("add_extend", &BatchBuilder::AddExtend, py::arg("row"), py::arg("max_tokens"))
@@ -231,6 +237,7 @@ void BindBatch(py::module_& m) {
              Committed c = b.Commit(result);
              return py::make_tuple(c.rows, c.tokens, std::vector<int>(c.flags.begin(), c.flags.end()), c.logprobs);
            })
+      .def("mask_posted", &BatchBuilder::MaskPosted, py::arg("row"), py::arg("position"))
       .def("pause", &BatchBuilder::Pause)
       .def("resume", &BatchBuilder::Resume)
       .def("release", &BatchBuilder::Release, py::arg("row"), py::arg("keep") = true, py::arg("failed") = false)
@@ -256,10 +263,16 @@ void BindBatch(py::module_& m) {
     StepBatch batch;
   };
   py::class_<PyRowTable>(m, "RowTable")
-      .def(py::init([](std::vector<KvGroup> groups, int32_t max_rows) {
-             return std::make_unique<PyRowTable>(PyRowTable{RowTable(std::move(groups), max_rows), {}});
+      .def(py::init([](std::vector<KvGroup> groups, int32_t max_rows, int32_t vocab_size) {
+             return std::make_unique<PyRowTable>(PyRowTable{RowTable(std::move(groups), max_rows, vocab_size), {}});
            }),
-           py::arg("groups"), py::arg("max_rows"))
+           py::arg("groups"), py::arg("max_rows"), py::arg("vocab_size") = 0)
+      .def(
+          "post_mask",
+          [](PyRowTable& t, int32_t row, uint32_t gen, int64_t position, const MaskWords& bits) {
+            t.rows.PostMask(row, gen, position, View(bits));
+          },
+          py::arg("row"), py::arg("gen"), py::arg("position"), py::arg("bits"))
       .def("prepare",
            [](PyRowTable& t, const StepPlan& plan) {
              t.rows.ApplyRowOps(plan);
@@ -295,7 +308,11 @@ void BindBatch(py::module_& m) {
                                 logprobs.shape(0) == num_rows && bad.ndim() == 1 && bad.shape(0) == num_rows,
                             "commit: tokens, logprobs and bad must be [", num_rows, "]");
             std::vector<SampledToken> sampled(num_rows);
-            for (int64_t l = 0; l < num_rows; ++l) sampled[l] = {tokens.at(l), logprobs.at(l), bad.at(l) != 0};
+            for (int64_t l = 0; l < num_rows; ++l) {
+              SAPWOOD_REQUIRE(!t.batch.logit_masked[l], "commit: logit row ", l, " is to be drawn under a mask; `sample` "
+                              "knows masks, another sampler must refuse plans with mask_rows");
+              sampled[l] = {tokens.at(l), logprobs.at(l), bad.at(l) != 0};
+            }
             return FinishStep(plan, t.batch, sampled, &t.rows);
           },
           py::arg("plan"), py::arg("tokens"), py::arg("logprobs"), py::arg("bad"))

@@ -64,6 +64,12 @@ void BindExecutor(py::module_& m) {
            py::arg("runner"), py::arg("groups"), py::arg("max_rows"), py::kw_only(), py::arg("trace_capacity") = 0,
            py::arg("recorder_capacity") = 0, py::arg("nice") = 0)
       .def_property_readonly("queued", &Executor::queued)
+      .def(
+          "post_mask",
+          [](Executor& e, int32_t row, uint32_t gen, int64_t position, const MaskWords& bits) {
+            e.PostMask(row, gen, position, View(bits));
+          },
+          py::arg("row"), py::arg("gen"), py::arg("position"), py::arg("bits"))
       .def("submit", [](Executor& e, std::shared_ptr<StepPlan> plan) { e.Submit(std::move(plan)); })
       .def("drain",
            [](Executor& e) {

@@ -26,6 +26,14 @@ inline std::span<const int32_t> View(const Ints& ids) {
   return {ids.data(), static_cast<size_t>(ids.size())};
 }
 
+// Masks: ceil(vocab / 32) words. No forcecast: int32 words, as grammar libraries make them, are to be viewed as uint32.
+using MaskWords = py::array_t<uint32_t, py::array::c_style>;
+
+inline std::span<const uint32_t> View(const MaskWords& words) {
+  SAPWOOD_REQUIRE(words.ndim() == 1, "a mask must be one-dimensional, got ", words.ndim(), " dimensions");
+  return {words.data(), static_cast<size_t>(words.size())};
+}
+
 // A fresh array that owns its elements.
 template <typename T, typename Range>
 py::array_t<T> Copy(const Range& values) {

@@ -17,6 +17,7 @@ class SharedRunner : public Runner {
   void Head(const StepBatch& batch, const RowTable& rows, std::span<SampledToken> out) override {
     inner_->Head(batch, rows, out);
   }
+  int32_t vocab_size() const override { return inner_->vocab_size(); }
 
  private:
   std::shared_ptr<Runner> inner_;

@@ -83,6 +83,8 @@ struct CpuRunner::Impl {
   std::vector<AttentionItem> attention_items;
   std::vector<AttentionItem> attention_cuts;  // uncut forms of those that were cut, to be merged
   HugeBuffer attention_partials;
+  // [node]: of a gather node f32 [max_rows][cols], the hidden states of rows that draw under a mask, for when it is late.
+  std::vector<std::vector<float>> hold;
 
   bool tap_logits = false;
   std::vector<LogitTap> taps;
@@ -98,7 +100,8 @@ struct CpuRunner::Impl {
         config(std::move(c)),
         kernels(Validate(program, weights.get(), config)),
         pool(config.num_threads > 0 ? config.num_threads : UsableCpus(), config.nice),
-        arena(program, config.max_step_tokens, kLogitBlock, config.debug) {
+        arena(program, config.max_step_tokens, kLogitBlock, config.debug),
+        hold(program.nodes.size()) {
     for (size_t g = 0; g < config.groups.size(); ++g) {
       const DType kv_dtype = config.int8_kv ? DType::kI8 : program.act;
       layouts.push_back({kv_dtype, config.groups[g].page_size, config.num_kv_heads, config.head_dim});
@@ -517,11 +520,16 @@ struct CpuRunner::Impl {
         break;
       }
       case OpKind::kGatherLogitRows: {
-        const size_t row_bytes = arena.row_bytes(node.outputs[0]);
-        const char* const x = static_cast<const char*>(arena.value(node.inputs[0]));
-        char* const out = static_cast<char*>(arena.value(node.outputs[0]));
+        const int64_t cols = program.values[node.outputs[0]].cols;
+        const float* const x = static_cast<const float*>(arena.value(node.inputs[0]));
+        float* const out = static_cast<float*>(arena.value(node.outputs[0]));
+        float* const kept = hold[&node - program.nodes.data()].data();
         for (int64_t i = 0; i < m; ++i) {
-          std::memcpy(out + i * row_bytes, x + batch.logit_src[l0 + i] * row_bytes, row_bytes);
+          const int32_t src = batch.logit_src[l0 + i];
+          const int64_t row = batch.segments[batch.logit_segment[l0 + i]].row;
+          std::copy_n(src >= 0 ? x + src * cols : kept + row * cols, cols, out + i * cols);
+          // Before anybody knows whether the mask will be there: x may be overwritten by then.
+          if (src >= 0 && batch.logit_masked[l0 + i]) std::copy_n(x + src * cols, cols, kept + row * cols);
         }
         break;
       }
@@ -548,7 +556,7 @@ struct CpuRunner::Impl {
       for (int64_t i = 0; i < m; ++i) {
         const int32_t row = batch.segments[batch.logit_segment[l0 + i]].row;
         const float* const begin = logits + i * vocab;
-        taps.push_back({batch.step_id, row, rows.row(row).gen, batch.positions[batch.logit_src[l0 + i]] + 1,
+        taps.push_back({batch.step_id, row, rows.row(row).gen, batch.logit_position[l0 + i],
                         std::vector<float>(begin, begin + vocab)});
       }
     }
@@ -577,6 +585,23 @@ struct CpuRunner::Impl {
         SAPWOOD_CHECK(broken.empty(), "node \"", node.name, "\" (", OpName(node.op), ") overwrote ", broken);
       }
       if (static_cast<int32_t>(n) == stop_after) stopped = true;
+    }
+  }
+
+  // What a step begins with, be it by its forward or, without tokens, by its head.
+  void BeginStep(const StepBatch& batch, const RowTable& rows) {
+    stopped = false;
+    last_tokens = last_logit_rows = 0;
+    CheckWeights(program, *weights);
+    CheckBatch(batch, rows);
+    arena.Poison(RowSym::kT);
+    arena.Poison(RowSym::kL);
+    last_tokens = batch.num_tokens;
+    if (std::find(batch.logit_masked.begin(), batch.logit_masked.end(), 1) == batch.logit_masked.end()) return;
+    for (size_t n = 0; n < program.nodes.size(); ++n) {
+      const NodeDesc& node = program.nodes[n];
+      if (node.op != OpKind::kGatherLogitRows) continue;
+      hold[n].resize(static_cast<size_t>(program.values[node.outputs[0]].cols) * rows.max_rows());
     }
   }
 
@@ -655,13 +680,7 @@ void CpuRunner::CopyPages(std::span<const PageCopy> copies) {
 void CpuRunner::Forward(const StepBatch& batch, const RowTable& rows) {
   Impl& im = *impl_;
   const ScopedFpMode fp_mode;
-  im.stopped = false;
-  im.last_tokens = im.last_logit_rows = 0;
-  CheckWeights(im.program, *im.weights);
-  im.CheckBatch(batch, rows);
-  im.arena.Poison(RowSym::kT);
-  im.arena.Poison(RowSym::kL);
-  im.last_tokens = batch.num_tokens;
+  im.BeginStep(batch, rows);
   if (batch.num_tokens == 0) return;
   im.FindSharedPrefixes(batch);
   im.RunSegment(SegmentKind::kForward, [&](const NodeDesc& node) { im.RunNode(node, batch, batch.num_tokens, 0); });
@@ -672,6 +691,7 @@ void CpuRunner::Head(const StepBatch& batch, const RowTable& rows, std::span<Sam
   const ScopedFpMode fp_mode;
   const auto num_rows = static_cast<int64_t>(batch.logit_src.size());
   SAPWOOD_CHECK(static_cast<int64_t>(out.size()) == num_rows, out.size(), " outputs for ", num_rows, " logit rows");
+  if (batch.num_tokens == 0) im.BeginStep(batch, rows);
   const bool stopped_before = im.stopped;
   for (int64_t l0 = 0; l0 < num_rows; l0 += kLogitBlock) {
     const int64_t m = std::min<int64_t>(kLogitBlock, num_rows - l0);
@@ -682,6 +702,8 @@ void CpuRunner::Head(const StepBatch& batch, const RowTable& rows, std::span<Sam
     im.RunSegment(SegmentKind::kSample, [&](const NodeDesc& node) { im.Sample(node, batch, rows, m, l0, out); });
   }
 }
+
+int32_t CpuRunner::vocab_size() const { return impl_->program.vocab_size; }
 
 size_t CpuRunner::kv_bytes() const {
   size_t total = 0;

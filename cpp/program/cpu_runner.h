@@ -49,6 +49,7 @@ class CpuRunner : public Runner {
   void CopyPages(std::span<const PageCopy> copies) override;
   void Forward(const StepBatch& batch, const RowTable& rows) override;
   void Head(const StepBatch& batch, const RowTable& rows, std::span<SampledToken> out) override;
+  int32_t vocab_size() const override;
 
   size_t kv_bytes() const;
   ThreadPool& pool();

@@ -52,7 +52,7 @@ struct Executor::Impl {
   std::deque<StepTrace> traces;
   std::deque<std::vector<uint8_t>> recorded;
 
-  // The executor thread's own.
+  // The executor thread's own, but for the masks in `rows`.
   RowTable rows;
   StepBatch batch;
   std::vector<SampledToken> sampled;
@@ -61,7 +61,9 @@ struct Executor::Impl {
   const pid_t pid = getpid();  // a forked child has this object, but not its thread
 
   Impl(std::unique_ptr<Runner> r, ExecutorConfig c)
-      : config(std::move(c)), runner(std::move(r)), rows(config.groups, config.max_rows) {}
+      : config(std::move(c)),
+        runner(std::move(r)),
+        rows(config.groups, config.max_rows, runner->vocab_size()) {}
 
   void Loop() {
     pthread_setname_np(pthread_self(), "sapwood-exec");  // top, perf and bench/server_cpu.py tell threads by name
@@ -180,6 +182,10 @@ void Executor::Submit(std::shared_ptr<const StepPlan> plan) {
     ++impl_->num_pending;
   }
   impl_->work.notify_one();
+}
+
+void Executor::PostMask(int32_t row, uint32_t gen, int64_t position, std::span<const uint32_t> bits) {
+  impl_->rows.PostMask(row, gen, position, bits);
 }
 
 std::vector<ExecutorEvent> Executor::Drain() { return impl_->completion.Drain(); }

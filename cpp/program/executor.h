@@ -42,6 +42,10 @@ class Executor {
 
   // Queue a step. Steps run strictly in order. Throws InvalidArgument unless step_id grows.
   void Submit(std::shared_ptr<const StepPlan> plan);
+  // The mask of a token that a plan's mask_rows ask for, at its absolute position: ceil(vocab / 32) words, bit i % 32 of
+  // word i / 32 set: token i may be drawn. From any thread, at any time: before its step is submitted, or when the row has
+  // come back held, to be resumed by a later step. Masks of rows that have ended are ignored. Throws as MaskTable::Post.
+  void PostMask(int32_t row, uint32_t gen, int64_t position, std::span<const uint32_t> bits);
   // Events since the last call; also clears the eventfd. Never blocks.
   std::vector<ExecutorEvent> Drain();
   // Readable while events wait. Owned by the executor.

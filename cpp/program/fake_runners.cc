@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "program/sample_rows.h"
 
 namespace sapwood {
 namespace {
@@ -49,6 +50,16 @@ template <typename Slot>
 uint64_t Fold(uint64_t h, const KvGroup& group, int64_t p, const Slot& slot) {
   for (int64_t i = FirstVisible(group, p); i <= p; ++i) h = Mix(h, slot(i));
   return h;
+}
+
+// The token that the fold h stands for, or the next one that the mask allows; -1: none.
+int32_t Draw(uint64_t h, int32_t vocab, std::span<const uint32_t> mask) {
+  const auto first = static_cast<int32_t>(h % static_cast<uint64_t>(vocab));
+  for (int32_t i = 0; i < vocab; ++i) {
+    const int32_t token = (first + i) % vocab;
+    if (mask.empty() || (mask[token / 32] >> (token % 32) & 1) != 0) return token;
+  }
+  return -1;
 }
 
 class ChecksumRunner final : public Runner {
@@ -105,18 +116,27 @@ class ChecksumRunner final : public Runner {
   void Head(const StepBatch& batch, const RowTable& rows, std::span<SampledToken> out) override {
     Stall();
     for (size_t l = 0; l < out.size(); ++l) {
-      uint64_t h = kFoldSeed;
-      for (size_t g = 0; g < slots_.size(); ++g) {
-        h = Fold(h, config_.groups[g], batch.positions[batch.logit_src[l]],
-                 RowSlots(batch, g, batch.logit_segment[l]));
+      const int32_t row = batch.segments[batch.logit_segment[l]].row;
+      held_.resize(rows.max_rows());
+      uint64_t h = held_[row];
+      if (batch.logit_src[l] >= 0) {
+        h = kFoldSeed;
+        for (size_t g = 0; g < slots_.size(); ++g) {
+          h = Fold(h, config_.groups[g], batch.logit_position[l] - 1, RowSlots(batch, g, batch.logit_segment[l]));
+        }
       }
-      out[l].token = static_cast<int32_t>(h % static_cast<uint64_t>(config_.vocab_size));
-      const bool asked = rows.row(batch.segments[batch.logit_segment[l]].row).init.return_logprob;
-      out[l].logprob = asked ? -static_cast<float>(h >> 40) * 0x1p-20f : std::nanf("");
-      out[l].bad = config_.bad_every > 0 && ++num_head_rows_ % config_.bad_every == 0;
+      if (batch.logit_masked[l]) held_[row] = h;
+      const RowMask mask = MaskOf(batch, rows, static_cast<int32_t>(l));
+      out[l].held = mask.late;
+      if (mask.late) continue;
+      out[l].token = Draw(h, config_.vocab_size, mask.bits ? std::span(*mask.bits) : std::span<const uint32_t>());
+      out[l].logprob = rows.row(row).init.return_logprob ? -static_cast<float>(h >> 40) * 0x1p-20f : std::nanf("");
+      out[l].bad = out[l].token < 0 || (config_.bad_every > 0 && ++num_head_rows_ % config_.bad_every == 0);
     }
     Stall();
   }
+
+  int32_t vocab_size() const override { return config_.vocab_size; }
 
  private:
   // Nothing, a burst of yields, a spin or a sleep: schedules that a steady load would never show.
@@ -138,6 +158,7 @@ class ChecksumRunner final : public Runner {
 
   ChecksumConfig config_;
   std::vector<std::vector<uint64_t>> slots_;  // [group][page * page_size + offset]
+  std::vector<uint64_t> held_;  // [row] the fold of its newest masked logit row
   uint64_t stall_state_;
   int64_t num_head_rows_ = 0, num_steps_ = 0;
 };
@@ -148,9 +169,12 @@ class NoopRunner final : public Runner {
       : token_(token), forward_us_(forward_us), head_us_(head_us) {}
   void CopyPages(std::span<const PageCopy>) override {}
   void Forward(const StepBatch&, const RowTable&) override { Spin(forward_us_); }
-  void Head(const StepBatch&, const RowTable&, std::span<SampledToken> out) override {
+  void Head(const StepBatch& batch, const RowTable& rows, std::span<SampledToken> out) override {
     Spin(head_us_);
-    for (SampledToken& sampled : out) sampled = {.token = token_, .logprob = std::nanf(""), .bad = false};
+    for (size_t l = 0; l < out.size(); ++l) {
+      const bool held = MaskOf(batch, rows, static_cast<int32_t>(l)).late;
+      out[l] = {.token = token_, .logprob = std::nanf(""), .bad = false, .held = held};
+    }
   }
 
  private:
@@ -170,7 +194,7 @@ std::unique_ptr<Runner> MakeChecksumRunner(ChecksumConfig config) {
 }
 
 int32_t ChecksumNextToken(const std::vector<KvGroup>& groups, int32_t vocab_size, const int32_t* tokens,
-                          int64_t num_tokens) {
+                          int64_t num_tokens, std::span<const uint32_t> mask) {
   SAPWOOD_REQUIRE(num_tokens > 0 && vocab_size > 0, "num_tokens and vocab_size must be positive, got ", num_tokens,
                   " and ", vocab_size);
   uint64_t h = kFoldSeed;
@@ -180,7 +204,7 @@ int32_t ChecksumNextToken(const std::vector<KvGroup>& groups, int32_t vocab_size
     for (int64_t p = 0; p < num_tokens; ++p) values[p] = SlotValue(group, tokens[p], p, slot);
     h = Fold(h, group, num_tokens - 1, slot);
   }
-  return static_cast<int32_t>(h % static_cast<uint64_t>(vocab_size));
+  return Draw(h, vocab_size, mask);
 }
 
 std::unique_ptr<Runner> MakeNoopRunner(int32_t token, int32_t forward_us, int32_t head_us) {

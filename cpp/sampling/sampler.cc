@@ -377,12 +377,15 @@ float LogProb(const float* logits, int32_t vocab, float max_logit, int32_t token
   return static_cast<float>(static_cast<double>(logits[token]) - static_cast<double>(max_logit) - std::log(sum));
 }
 
-// Replaces logits by a copy in which the banned tokens have no chance.
-const float* WithoutBanned(const float* logits, int32_t vocab, std::span<const int32_t> banned, float* copy) {
-  if (banned.empty()) return logits;
+// Replaces logits by a copy in which banned and masked tokens have no chance.
+const float* OnlyAllowed(const float* logits, int32_t vocab, const SamplingRow& row, float* copy) {
+  if (row.banned.empty() && row.mask.empty()) return logits;
   std::copy_n(logits, vocab, copy);
-  for (int32_t id : banned) {
+  for (int32_t id : row.banned) {
     if (id >= 0 && id < vocab) copy[id] = -kInf;
+  }
+  for (int32_t i = 0; !row.mask.empty() && i < vocab; ++i) {
+    if ((row.mask[i / 32] >> (i % 32) & 1) == 0) copy[i] = -kInf;
   }
   return copy;
 }
@@ -419,7 +422,7 @@ SampleOutcome SampleRow(const float* logits, const float* block_max, int32_t voc
   const Scratch s = Carve(scratch, vocab);
   // Upper bounds suffice to find a maximum; the filters need exact ones of what is allowed.
   const bool own_maxima = !greedy || block_max == nullptr;
-  const float* allowed = WithoutBanned(logits, vocab, row.banned, s.logits);
+  const float* allowed = OnlyAllowed(logits, vocab, row, s.logits);
   if (!ScanBlocks(logits, vocab, own_maxima ? s.block_max : nullptr)) return outcome;
   if (own_maxima && allowed != logits) ScanBlocks(allowed, vocab, s.block_max);
   const int32_t top = ArgMax(allowed, own_maxima ? s.block_max : block_max, vocab);
@@ -430,10 +433,7 @@ SampleOutcome SampleRow(const float* logits, const float* block_max, int32_t voc
                          : GumbelArgMax(allowed, s.block_max, vocab,
                                         FindSupport(allowed, vocab, allowed[top], row, s), row);
   if (row.want_logprob) {
-    float max_logit = allowed[top];
-    for (int32_t id : row.banned) {
-      if (id >= 0 && id < vocab) max_logit = std::max(max_logit, logits[id]);
-    }
+    const float max_logit = allowed == logits ? allowed[top] : *std::max_element(logits, logits + vocab);
     outcome.logprob = LogProb(logits, vocab, max_logit, outcome.token);
   }
   return outcome;
@@ -442,7 +442,7 @@ SampleOutcome SampleRow(const float* logits, const float* block_max, int32_t voc
 int64_t SampleSupport(const float* logits, int32_t vocab, const SamplingRow& row, float* scratch, int32_t* ids) {
   if (vocab <= 0) return 0;
   const Scratch s = Carve(scratch, vocab);
-  const float* allowed = WithoutBanned(logits, vocab, row.banned, s.logits);
+  const float* allowed = OnlyAllowed(logits, vocab, row, s.logits);
   if (!ScanBlocks(logits, vocab, nullptr) || !ScanBlocks(allowed, vocab, s.block_max)) return 0;
   const int32_t top = ArgMax(allowed, s.block_max, vocab);
   if (top < 0) return 0;

@@ -25,6 +25,8 @@ struct SamplingRow {
   int64_t position;   // absolute position of the token being drawn
   std::span<const int32_t> banned;  // ids that cannot be drawn (stop ids below min_len)
   bool want_logprob;
+  // Empty: all may be drawn. Else ceil(vocab / 32) words: bit i % 32 of word i / 32 set: token i may be drawn.
+  std::span<const uint32_t> mask = {};
 };
 
 struct SampleOutcome {

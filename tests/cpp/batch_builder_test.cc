@@ -56,6 +56,31 @@ struct World {
   }
   int32_t Admit(Ints tokens, int64_t max_len = 1000) { return builder.Admit(Spec(std::move(tokens), max_len)).row; }
 
+  int32_t AdmitMasked(Ints tokens, int64_t max_len = 1000) {
+    RowSpec spec = Spec(std::move(tokens), max_len);
+    spec.masked = true;
+    return builder.Admit(std::move(spec)).row;
+  }
+  // What the grammar allows at a place: a third of the tokens, others at each.
+  static std::vector<uint32_t> Mask(int64_t position) {
+    std::vector<uint32_t> words((kVocab + 31) / 32);
+    for (int64_t i = position % 3; i < kVocab; i += 3) words[i / 32] |= uint32_t{1} << (i % 32);
+    return words;
+  }
+  // Posts the mask of the row's next token, as the loop does.
+  void Post(int32_t row) {
+    const int64_t position = builder.num_tokens(row);
+    executor.PostMask(row, builder.gen(row), position, Mask(position));
+    builder.MaskPosted(row, position);
+  }
+  Ints ExpectedMasked(Ints tokens, int n) const {
+    for (int i = 0; i < n; ++i) {
+      const auto position = static_cast<int64_t>(tokens.size());
+      tokens.push_back(ChecksumNextToken(groups, kVocab, tokens.data(), position, Mask(position)));
+    }
+    return tokens;
+  }
+
   // Builds and submits; the result waits in the executor.
   BuiltStep Launch(std::vector<std::pair<int32_t, int32_t>> extends = {}, bool decodes = true) {
     BuiltStep built = builder.Build(next_step++, extends, decodes);
@@ -434,6 +459,215 @@ TEST(BatchBuilderTest, KeysDecideWhatIsShared) {
   EXPECT_EQ(world.builder.Admit(spec).cached_len, 4);
 }
 
+TEST(BatchBuilderTest, MaskInTimeIsObeyed) {
+  World world({Full(4)}, 20);
+  const Ints prompt = Range(3, 6);
+  ASSERT_NE(world.ExpectedMasked(prompt, 1), world.Expected(prompt, 1)) << "the mask must matter";
+  const int32_t row = world.AdmitMasked(prompt), free = world.Admit(Range(60, 3));
+  world.Post(row);
+  EXPECT_EQ(world.Launch({{row, 4}, {free, 9}}).plan->mask_rows, Ints{}) << "mid-prompt, and the other needs none";
+  world.Finish();
+  EXPECT_EQ(world.Launch({{row, 9}}).plan->mask_rows, (Ints{row}));
+  world.Finish();
+  for (int i = 0; i < 3; ++i) {
+    world.Post(row);
+    const BuiltStep built = world.Launch();
+    EXPECT_EQ(built.plan->mask_rows, (Ints{row}));
+    EXPECT_EQ(built.num_resume_rows, 0);
+    world.Finish();
+  }
+  EXPECT_EQ(world.builder.tokens(row), world.ExpectedMasked(prompt, 4));
+  EXPECT_EQ(world.builder.tokens(free), world.Expected(Range(60, 3), 5));
+}
+
+// Held, resumed while what was launched on top is still in flight, and held by the step launched on top of the resume.
+TEST(BatchBuilderTest, LateMaskHoldsItsRowAlone) {
+  World world({Full(4)}, 20);
+  const Ints prompt = Range(3, 6);
+  const int32_t row = world.AdmitMasked(prompt), free = world.Admit(Range(60, 3));
+  world.Launch({{row, 9}, {free, 9}});
+  const BuiltStep ahead = world.Launch();
+  EXPECT_EQ(ahead.num_decode_rows, 2);
+  EXPECT_EQ(world.builder.planned_len(row), 7);
+
+  const Committed held = world.Finish();
+  EXPECT_EQ(held.rows, (Ints{row, free}));
+  EXPECT_EQ(held.tokens, (Ints{-1, world.Expected(Range(60, 3), 1).back()}));
+  EXPECT_EQ(held.flags, (std::vector<uint8_t>{kHeld, 0}));
+  EXPECT_EQ(world.builder.phase(row), RowPhase::kHeld);
+  EXPECT_EQ(world.builder.planned_len(row), 6) << "what is in flight will be skipped: given back at once";
+  EXPECT_EQ(world.builder.num_tokens(row), 6);
+  EXPECT_EQ(world.builder.in_flight(row), 1);
+  const BuiltStep without = world.Launch();
+  ASSERT_EQ(without.plan->items.size(), 1u) << "no mask: not planned";
+  EXPECT_EQ(without.plan->items[0].row, free);
+
+  world.Post(row);
+  world.builder.BeginStep(world.next_step++);
+  EXPECT_EQ(world.builder.AddDecodes(), 1) << "decode items alone";
+  const BuiltStep resumed = world.builder.EndStep();
+  world.executor.Submit(resumed.plan);
+  world.Check();
+  EXPECT_EQ(resumed.num_resume_rows, 1);
+  EXPECT_EQ(resumed.num_logit_rows, 2);
+  EXPECT_EQ(resumed.num_kv, 6) << "of the other row alone";
+  EXPECT_EQ(resumed.plan->items[0].kind, ItemKind::kResume);
+  EXPECT_EQ(resumed.plan->items[0].q_len, 0);
+  EXPECT_EQ(resumed.plan->mask_rows, (Ints{row}));
+  EXPECT_EQ(world.builder.phase(row), RowPhase::kDecode);
+  EXPECT_EQ(world.builder.planned_len(row), 6);
+  EXPECT_EQ(world.Launch().num_decode_rows, 2) << "launched ahead, on top of the resume";
+
+  EXPECT_EQ(world.Finish().rows, (Ints{free})) << "skipped";
+  EXPECT_EQ(world.Finish().rows, (Ints{free})) << "left out";
+  const Ints expected = world.ExpectedMasked(prompt, 2);
+  const Committed drawn = world.Finish();
+  EXPECT_EQ(drawn.tokens, (Ints{expected[6], world.Expected(Range(60, 3), 4).back()}));
+  EXPECT_EQ(drawn.flags[0], 0);
+  EXPECT_EQ(world.Finish().flags[0], kHeld);
+  EXPECT_EQ(world.builder.planned_len(row), 7);
+  world.builder.Pause(free);
+  world.Post(row);
+  EXPECT_EQ(world.Step().tokens, (Ints{expected[7]})) << "a step of resumes only";
+}
+
+TEST(BatchBuilderTest, ResumeWhoseMaskIsStillLateIsHeldAgain) {
+  World world({Full(4)}, 20);
+  const int32_t row = world.AdmitMasked(Range(3, 6), 7);
+  world.Step({{row, 9}});
+  world.builder.MaskPosted(row, 6);  // which is not so
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(world.Step().flags, (std::vector<uint8_t>{kHeld}));
+    EXPECT_EQ(world.builder.phase(row), RowPhase::kHeld);
+  }
+  world.Post(row);
+  const Committed last = world.Step();
+  EXPECT_EQ(last.tokens, (Ints{world.ExpectedMasked(Range(3, 6), 1).back()}));
+  EXPECT_EQ(last.flags, (std::vector<uint8_t>{kFinishedLength}));
+}
+
+// The mask came after the token was to be drawn and before the loop heard of it.
+TEST(BatchBuilderTest, MaskPostedBeforeTheHoldIsHeardOf) {
+  World world({Full(4)}, 20);
+  const int32_t row = world.AdmitMasked(Range(3, 6));
+  world.Launch({{row, 9}});
+  world.executor.WaitIdle();
+  world.Post(row);
+  EXPECT_EQ(world.builder.phase(row), RowPhase::kDecode);
+  EXPECT_EQ(world.Finish().flags, (std::vector<uint8_t>{kHeld}));
+  EXPECT_EQ(world.Step().tokens, (Ints{world.ExpectedMasked(Range(3, 6), 1).back()}));
+}
+
+TEST(BatchBuilderTest, HeldRowMayBePausedForkedAndReleased) {
+  World world({Full(2)}, 30);
+  const Ints prompt = Range(3, 6);
+  int32_t row = world.AdmitMasked(prompt);
+  world.Post(row);
+  world.Step({{row, 9}});
+  EXPECT_EQ(world.Step().flags, (std::vector<uint8_t>{kHeld}));
+  const Ints known = world.builder.tokens(row);
+  ASSERT_EQ(known.size(), 7u);
+  world.builder.Pause(row);
+  EXPECT_EQ(world.builder.phase(row), RowPhase::kPaused);
+  world.Post(row);
+  EXPECT_EQ(world.Launch().plan, nullptr);
+  world.builder.Resume(row);
+  EXPECT_EQ(world.builder.phase(row), RowPhase::kHeld);
+
+  Ints other = known;
+  other.push_back(77);
+  const Admitted fork = world.builder.AdmitFork(row, 7, World::Spec(other));
+  EXPECT_EQ(fork.cached_len, 7) << "every known token is in the KV";
+  world.builder.Release(row);
+  EXPECT_EQ(world.cache.Match(0, known), 6);
+  world.Step({{fork.row, 9}});
+  EXPECT_EQ(world.builder.tokens(fork.row), world.Expected(other, 1));
+
+  RowSpec spec = World::Spec(known);  // a retracted row's grammar goes on: its mask is posted anew
+  spec.masked = true;
+  row = world.builder.Admit(spec).row;
+  world.Post(row);
+  world.builder.Pause(fork.row);
+  world.Step({{row, 9}});
+  EXPECT_EQ(world.builder.tokens(row), world.ExpectedMasked(prompt, 2));
+  EXPECT_EQ(world.executor.queued(), 0);
+}
+
+// A decode item launched on top of a held one does not run: what its query would not have seen, the row's next one does.
+TEST(BatchBuilderTest, WindowDoesNotSlideForWhatMayBeSkipped) {
+  World world({Window(1, 3)}, 16, 4, 0, CacheKind::kNone);
+  const Ints prompt = Range(3, 6);
+  const int32_t row = world.AdmitMasked(prompt);
+  world.Launch({{row, 9}});
+  world.Launch();
+  world.Finish();
+  world.Finish();
+  EXPECT_EQ(world.builder.phase(row), RowPhase::kHeld);
+  const int32_t other = world.Admit(Range(60, 20));  // writes into whatever page is free
+  while (world.builder.phase(other) == RowPhase::kExtend) world.Step({{other, 3}});
+  world.builder.Release(other);
+  for (int i = 0; i < 4; ++i) {
+    world.Post(row);
+    world.Step();
+    if (world.builder.phase(row) == RowPhase::kHeld) continue;
+    world.Post(row);
+    world.Step();
+  }
+  EXPECT_GE(world.builder.num_tokens(row), 10);
+  EXPECT_EQ(world.builder.tokens(row), world.ExpectedMasked(prompt, static_cast<int>(world.builder.num_tokens(row)) - 6));
+}
+
+TEST(BatchBuilderTest, FailedStepEndsAHeldRow) {
+  World world({Full(2)}, 20);
+  const int32_t row = world.AdmitMasked(Range(0, 6));
+  world.Launch({{row, 100}});
+  const BuiltStep ahead = world.Launch();
+  world.Finish();
+  world.Post(row);
+  const BuiltStep resumed = world.builder.Build(world.next_step++, {});
+  world.executor.WaitIdle();
+  for (const auto& plan : {ahead.plan, resumed.plan}) {
+    StepResult failed;
+    failed.step_id = plan->step_id;
+    failed.error = "kernel fault";
+    world.builder.Commit(failed);
+    world.Check();
+    EXPECT_EQ(world.builder.phase(row), RowPhase::kDone);
+  }
+  EXPECT_EQ(world.builder.in_flight(row), 0);
+  world.builder.Release(row);
+  EXPECT_EQ(world.cache.Match(0, Range(0, 6)), 0);
+}
+
+TEST(BatchBuilderTest, HoldsThatCannotBeAreErrors) {
+  const auto commit = [](bool masked, std::vector<uint8_t> flags_of_each_step) {
+    World world({Full(2)}, 20);
+    RowSpec spec = World::Spec(Range(0, 6));
+    spec.masked = masked;
+    const int32_t row = world.builder.Admit(spec).row;
+    std::vector<std::pair<int32_t, int32_t>> extends{{row, 9}};
+    for (size_t i = 0; i < flags_of_each_step.size(); ++i, extends.clear()) {
+      world.builder.Build(static_cast<int64_t>(i), extends);
+    }
+    for (size_t i = 0; i < flags_of_each_step.size(); ++i) {
+      const uint8_t flags = flags_of_each_step[i];
+      StepResult result;
+      result.step_id = static_cast<int64_t>(i);
+      result.items = {{row, world.builder.gen(row), flags & (kHeld | kSkipped) ? 0 : 1, 0, flags}};
+      result.tokens = {1};
+      world.builder.Commit(result);
+      world.Check();
+    }
+  };
+  EXPECT_NO_THROW(commit(true, {kHeld, kSkipped | kHeld, kSkipped | kHeld}));
+  EXPECT_NO_THROW(commit(true, {0, kHeld, kSkipped | kHeld}));
+  EXPECT_THROW(commit(false, {kHeld}), InternalError);               // nobody asked for a mask
+  EXPECT_THROW(commit(true, {kHeld, 0}), InternalError);             // what was it fed?
+  EXPECT_THROW(commit(true, {kHeld, kHeld}), InternalError);
+  EXPECT_THROW(commit(true, {kHeld, kSkipped}), InternalError);      // dead?
+  EXPECT_THROW(commit(true, {0, kSkipped | kHeld}), InternalError);  // no hold came before
+}
+
 TEST(BatchBuilderTest, MisuseIsRefused) {
   World world({Full(2)}, 20, 1);
   EXPECT_THROW(world.Admit({}), InvalidArgument);
@@ -444,6 +678,7 @@ TEST(BatchBuilderTest, MisuseIsRefused) {
   const int32_t row = world.Admit(Range(0, 6));
   EXPECT_THROW(world.Admit(Range(0, 6)), CapacityError);
   EXPECT_THROW(world.builder.AddExtend(row, 1), InvalidArgument);
+  EXPECT_THROW(world.builder.MaskPosted(row, 6), InvalidArgument);  // it draws without masks
   EXPECT_THROW(world.builder.EndStep(), InvalidArgument);
   EXPECT_THROW(world.builder.tokens(7), InvalidArgument);
   EXPECT_THROW(world.builder.BeginStep(-1), InvalidArgument);

@@ -1,6 +1,8 @@
 // The KV-checksum model under everything at once: cache, builder and executor thread driven one step ahead with random
 // arrivals, shared prefixes, forks, multi-turn reuse, chunk sizes, aborts, pauses, retractions, stalls, and pools so
-// small that rows block and pages are evicted all the time. Every token is compared with what the model says after the
+// small that rows block and pages are evicted all the time. Some requests draw every token under a mask of its own, which
+// a thread that plays the grammar posts in time, some steps late, or only once it is heard that the row is held. Every
+// token is compared with what the model says after the
 // request's tokens alone; invariants are checked after every operation; every request ends exactly once.
 //
 // SAPWOOD_TEST_STEPS lowers the number of steps (sanitizer builds); SAPWOOD_TEST_SEED changes the seed.
@@ -8,11 +10,14 @@
 #include <poll.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstdlib>
 #include <deque>
 #include <map>
+#include <mutex>
 #include <random>
 #include <string>
+#include <thread>
 
 #include "base/check.h"
 #include "batch/batch_builder.h"
@@ -35,6 +40,7 @@ struct Scenario {
   int32_t bad_every = 0, fail_every = 0;
   int64_t fail_allocation = 0;
   int32_t stall_us = 30;
+  int32_t masked_percent = 0;  // of the requests
   std::string name;
 };
 
@@ -42,6 +48,8 @@ struct Stats {  // proof that the run went through what it claims to test
   int64_t steps = 0, tokens = 0, hits = 0, reused_outputs = 0, retracts = 0, drained = 0, blocked = 0, forks = 0;
   int64_t copies = 0, skipped = 0, stale = 0, aborts_in_flight = 0, finished_stop = 0, finished_length = 0, bad = 0;
   int64_t failed = 0, invalidated = 0, refused = 0, limbo = 0, same_step_hits = 0, waited = 0, fresh_pages = 0;
+  int64_t masked = 0, held = 0, held_again = 0, skipped_held = 0, resumed = 0, resumed_alone = 0, released_held = 0;
+  int64_t forked_held = 0, stale_masks = 0;
 
   void Add(const Stats& o) {
     steps += o.steps, tokens += o.tokens, hits += o.hits, reused_outputs += o.reused_outputs;
@@ -50,6 +58,9 @@ struct Stats {  // proof that the run went through what it claims to test
     finished_stop += o.finished_stop, finished_length += o.finished_length, bad += o.bad;
     failed += o.failed, invalidated += o.invalidated, refused += o.refused, limbo += o.limbo, same_step_hits += o.same_step_hits;
     waited += o.waited, fresh_pages += o.fresh_pages;
+    masked += o.masked, held += o.held, held_again += o.held_again, skipped_held += o.skipped_held;
+    resumed += o.resumed, resumed_alone += o.resumed_alone, released_held += o.released_held;
+    forked_held += o.forked_held, stale_masks += o.stale_masks;
   }
 };
 
@@ -59,10 +70,79 @@ struct Request {
   std::vector<int32_t> tokens;  // prompt and verified outputs
   int64_t prompt_len = 0, max_len = 0, min_len = 0;
   std::vector<int32_t> stop_ids;
+  bool masked = false;
   int32_t row = -1;
   bool draining = false;  // paused, to be retracted once nothing of it is in flight
   bool paused = false;
   int ended = 0;
+};
+
+std::vector<uint32_t> MaskOfToken(const Request& request, int64_t position) {
+  std::mt19937_64 random(static_cast<uint64_t>(request.id * 1'000'003 + position));
+  std::vector<uint32_t> words((kVocab + 31) / 32);
+  for (uint32_t& word : words) word = static_cast<uint32_t>(random() & random() & random());
+  words[random() % (kVocab / 32)] |= 2;
+  return words;
+}
+
+// Posts masks from a thread of its own, in the order they are handed over; tells which ones it has posted.
+class Grammar {
+ public:
+  struct Job {
+    int32_t row;
+    uint32_t gen;
+    int64_t position;
+    std::vector<uint32_t> words;
+  };
+
+  explicit Grammar(Executor* executor) : executor_(executor), thread_([this] { Loop(); }) {}
+  ~Grammar() {
+    {
+      const std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    changed_.notify_all();
+    thread_.join();
+  }
+
+  void Post(Job job) {
+    {
+      const std::lock_guard lock(mutex_);
+      jobs_.push_back(std::move(job));
+    }
+    changed_.notify_all();
+  }
+  std::vector<Job> TakePosted(bool all) {
+    std::unique_lock lock(mutex_);
+    if (all) changed_.wait(lock, [this] { return jobs_.empty() && !busy_; });
+    return std::exchange(posted_, {});
+  }
+
+ private:
+  void Loop() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
+      if (stop_) return;
+      Job job = std::move(jobs_.front());
+      jobs_.pop_front();
+      busy_ = true;
+      lock.unlock();
+      executor_->PostMask(job.row, job.gen, job.position, job.words);
+      lock.lock();
+      busy_ = false;
+      posted_.push_back(std::move(job));
+      changed_.notify_all();
+    }
+  }
+
+  Executor* executor_;
+  std::mutex mutex_;
+  std::condition_variable changed_;  // a job came or is done, or stop
+  std::deque<Job> jobs_;
+  std::vector<Job> posted_;
+  bool busy_ = false, stop_ = false;
+  std::thread thread_;  // last: it uses the others
 };
 
 class Driver {
@@ -78,7 +158,8 @@ class Driver {
                                       .stall_us = scenario.stall_us,
                                       .bad_every = scenario.bad_every,
                                       .fail_every = scenario.fail_every}),
-                  {.groups = scenario.groups, .max_rows = kMaxRows}) {
+                  {.groups = scenario.groups, .max_rows = kMaxRows}),
+        grammar_(&executor_) {
     for (const int32_t n : num_pages_) last_used_.emplace_back(n, kNoStep);
     tables_.resize(kMaxRows, std::vector<std::vector<PageId>>(scenario.groups.size()));
     table_kv_len_.resize(kMaxRows);
@@ -95,6 +176,7 @@ class Driver {
         Disturb();
       }
       RetractDrained();
+      PostMasks(false);
       const bool launched = Plan();
       if (!launched && in_flight_.empty()) Unstick();
       const size_t ahead = launched ? 1 + Below(4) / 3 : 0;
@@ -141,6 +223,7 @@ class Driver {
     request->tokens = std::move(prompt);
     request->max_len = request->prompt_len + 1 + Below(scenario_.max_tokens - request->prompt_len);
     if (Chance(60)) request->stop_ids.assign(stop_pool_.begin(), stop_pool_.begin() + 1 + Below(40));
+    request->masked = Chance(scenario_.masked_percent);
     if (Chance(30)) request->min_len = request->prompt_len + Below(request->max_len - request->prompt_len);
     live_.push_back(std::move(request));
     return live_.back().get();
@@ -179,6 +262,7 @@ class Driver {
     spec.ns = request.ns;
     spec.tokens = request.tokens;
     spec.stop_ids = request.stop_ids;
+    spec.masked = request.masked;
     spec.init.prompt_len = request.prompt_len;
     spec.init.max_len = request.max_len;
     spec.init.min_len = request.min_len;
@@ -191,7 +275,44 @@ class Driver {
     request->row = admitted.row;
     by_row_[admitted.row] = request;
     stats_.hits += admitted.cached_len > 0;
+    WantMask(*request);
     Check();
+  }
+
+  // --- masks
+
+  // The mask of the request's next token can be made now: it comes at once, in some steps, or when the row is held.
+  void WantMask(const Request& request) {
+    if (!request.masked) return;
+    const int64_t position = static_cast<int64_t>(request.tokens.size());
+    ++stats_.masked;
+    const int32_t delay = Chance(50) ? 0 : Chance(50) ? Below(4) : kUntilHeld;
+    masks_.push_back({{request.row, builder_.gen(request.row), position, MaskOfToken(request, position)}, delay});
+  }
+
+  // Hands over what is due, and tells the builder what has been posted; whether there was any. all: everything is due.
+  bool PostMasks(bool all) {
+    for (PendingMask& mask : masks_) {
+      const bool current = builder_.gen(mask.job.row) == mask.job.gen;
+      if (!current) mask.delay = std::min<int32_t>(mask.delay, 3);  // made for nothing, and posted all the same
+      if (mask.delay == kUntilHeld && builder_.phase(mask.job.row) == RowPhase::kHeld) mask.delay = Below(3);
+      if (mask.delay != kUntilHeld && mask.delay > 0) --mask.delay;
+      if (all) mask.delay = 0;
+      if (mask.delay > 0) {
+        // A loop that mistakes itself: the row is resumed in vain.
+        if (current && Chance(5)) builder_.MaskPosted(mask.job.row, mask.job.position);
+        continue;
+      }
+      stats_.stale_masks += !current;
+      grammar_.Post(std::move(mask.job));
+    }
+    std::erase_if(masks_, [](const PendingMask& mask) { return mask.delay == 0; });
+    const std::vector<Grammar::Job> posted = grammar_.TakePosted(all);
+    for (const Grammar::Job& job : posted) {
+      if (builder_.gen(job.row) == job.gen) builder_.MaskPosted(job.row, job.position);
+    }
+    Check();
+    return !posted.empty();
   }
 
   // The step failed: its requests end; what was built on it starts again, at once or when nothing of it runs any more.
@@ -222,6 +343,7 @@ class Driver {
   void Free(Request* request, bool keep, bool failed) {
     const int32_t row = request->row;
     stats_.stale += builder_.in_flight(row) > 0;
+    stats_.released_held += builder_.phase(row) == RowPhase::kHeld;
     builder_.Release(row, keep, failed);
     by_row_[row] = nullptr;
     request->row = -1;
@@ -295,6 +417,7 @@ class Driver {
     Check();
     if (admitted.row < 0) return;  // too few pages: it waits like any other
     stats_.forks += admitted.cached_len == at && at > 0;
+    stats_.forked_held += builder_.phase(parent->row) == RowPhase::kHeld;
     Place(request, admitted);
   }
 
@@ -308,6 +431,7 @@ class Driver {
 
   // Nothing could be launched and nothing runs: give memory back, newest first.
   void Unstick() {
+    if (PostMasks(true)) return;
     Request* newest = nullptr;
     int num_running = 0;
     for (const auto& request : live_) {
@@ -454,7 +578,11 @@ class Driver {
     in_flight_.pop_front();
     SAPWOOD_CHECK(result.step_id == built.plan->step_id, "result out of order");
     SAPWOOD_CHECK(result.num_kv <= built.num_kv, "num_kv is an upper bound");
-    for (const ResultItem& item : result.items) stats_.skipped += (item.flags & kSkipped) != 0;
+    for (const ResultItem& item : result.items) {
+      stats_.skipped += item.flags == kSkipped;
+      stats_.skipped_held += item.flags == (kSkipped | kHeld);
+    }
+    CountResumes(*built.plan, result);
     const Committed committed = builder_.Commit(result);
     retired_ = result.step_id;
     Check();
@@ -469,7 +597,24 @@ class Driver {
     }
   }
 
+  void CountResumes(const StepPlan& plan, const StepResult& result) {
+    if (!result.error.empty()) return;
+    int64_t num_resumed = 0;
+    for (size_t i = 0; i < plan.items.size(); ++i) {
+      if (plan.items[i].kind != ItemKind::kResume) continue;
+      ++num_resumed;
+      stats_.held_again += result.items[i].flags == kHeld;
+      stats_.resumed += result.items[i].n;
+    }
+    stats_.resumed_alone += num_resumed > 0 && result.num_tokens == 0;
+  }
+
   void TakeToken(Request* request, int32_t token, uint8_t flags) {
+    if (flags & kHeld) {
+      SAPWOOD_CHECK(request->masked && token == -1 && flags == kHeld, "request ", request->id, " was held");
+      ++stats_.held;
+      return;
+    }
     if (flags & kBadLogits) {
       SAPWOOD_CHECK(scenario_.bad_every > 0, "bad logits out of nowhere");
       ++stats_.bad;
@@ -478,7 +623,8 @@ class Driver {
     }
     if (token < 0) return;
     const int64_t n = static_cast<int64_t>(request->tokens.size());
-    const int32_t expected = ChecksumNextToken(scenario_.groups, kVocab, request->tokens.data(), n);
+    const std::vector<uint32_t> mask = request->masked ? MaskOfToken(*request, n) : std::vector<uint32_t>();
+    const int32_t expected = ChecksumNextToken(scenario_.groups, kVocab, request->tokens.data(), n, mask);
     SAPWOOD_CHECK(token == expected, "request ", request->id, " row ", request->row, ": token ", n, " is ", token,
                   ", the model says ", expected);
     const bool stops = n >= request->min_len &&
@@ -488,7 +634,7 @@ class Driver {
                   int{expected_flags});
     request->tokens.push_back(token);
     ++stats_.tokens;
-    if (flags == 0) return;
+    if (flags == 0) return WantMask(*request);
     SAPWOOD_CHECK(builder_.tokens(request->row) == request->tokens, "the book has other tokens");
     ++(stops ? stats_.finished_stop : stats_.finished_length);
     Free(request, Chance(90), false);
@@ -518,7 +664,15 @@ class Driver {
   CacheManager cache_;
   BatchBuilder builder_;
   Executor executor_;
+  Grammar grammar_;
   Stats stats_;
+
+  static constexpr int32_t kUntilHeld = 1'000'000;
+  struct PendingMask {
+    Grammar::Job job;
+    int32_t delay;  // steps
+  };
+  std::vector<PendingMask> masks_;
 
   std::vector<std::unique_ptr<Request>> live_;
   std::vector<Request*> by_row_;
@@ -573,8 +727,10 @@ std::vector<Scenario> Scenarios(int64_t num_steps) {
         if (fault == 1) scenario.bad_every = 61;
         if (scenarios.size() % 4 == 3) scenario.stall_us = 0;
         if (fault == 2) scenario.fail_every = 23;
+        if (scenarios.size() % 5 != 4) scenario.masked_percent = 40;
         scenario.name = StrCat("page_size ", size.page_size, " groups ", group_name, " kind ", kind_name, " seed ",
-                            scenario.seed, " bad_every ", scenario.bad_every, " fail_every ", scenario.fail_every);
+                            scenario.seed, " bad_every ", scenario.bad_every, " fail_every ", scenario.fail_every,
+                            " masked_percent ", scenario.masked_percent);
         scenarios.push_back(std::move(scenario));
       }
     }
@@ -601,7 +757,11 @@ TEST(ChecksumPropertyTest, NoWrongTokenUnderRandomLoad) {
       {"length", total.finished_length}, {"bad logits", total.bad}, {"failed", total.failed},
       {"invalidated", total.invalidated},
       {"extends refused", total.refused}, {"pages in limbo", total.limbo}, {"same-step hits", total.same_step_hits},
-      {"waited for a leader", total.waited}, {"fresh pages", total.fresh_pages}};
+      {"waited for a leader", total.waited}, {"fresh pages", total.fresh_pages}, {"masks wanted", total.masked},
+      {"held", total.held}, {"held again", total.held_again}, {"skipped while held", total.skipped_held},
+      {"resumed", total.resumed}, {"steps of resumes alone", total.resumed_alone},
+      {"released while held", total.released_held}, {"forked while held", total.forked_held},
+      {"masks of former generations", total.stale_masks}};
   for (const auto& [what, count] : seen) {
     RecordProperty(what, std::to_string(count));
     if (total_steps >= 20'000) { EXPECT_GE(count, 10) << what << ": the run never went there"; }
@@ -614,6 +774,7 @@ TEST(ChecksumPropertyTest, AllocationFailureAtEveryPage) {
   for (Scenario scenario : Scenarios(num_steps)) {
     if (scenario.page_size != 3 && scenario.page_size != 16) continue;
     scenario.stall_us = 0;
+    scenario.masked_percent = 0;  // whether a mask is in time is not the same in every run
     for (int64_t k = 1;; ++k) {
       scenario.fail_allocation = k;
       try {

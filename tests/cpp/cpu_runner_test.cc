@@ -637,6 +637,133 @@ TEST_P(CpuRunnerCase, CopiedPagesContinueAlike) {
   EXPECT_THROW(bench.runner().CopyPages(std::vector<PageCopy>{{0, 0, Bench::kNumPages}}), InternalError);
 }
 
+// Rows that wait for their masks draw what they would have drawn in time, from the same bits: resumed alone, beside
+// others, after others have used the runner's memory, and after being held again.
+TEST_P(CpuRunnerCase, HeldRowsDrawAsIfTheMaskHadBeenInTime) {
+  constexpr int32_t kRows = 3, kPrompt = 20, kNumTokens = 6;
+  const int32_t vocab = model_.shape().vocab;
+  const auto mask = [&](int32_t row, int64_t position) {
+    std::vector<uint32_t> words((vocab + 31) / 32);
+    std::mt19937 rng(static_cast<uint32_t>(100 * position + row));
+    for (uint32_t& word : words) word = rng() & rng();
+    words[0] |= 1;
+    return words;
+  };
+  struct Run {
+    std::vector<std::vector<int32_t>> tokens = std::vector<std::vector<int32_t>>(kRows);
+    std::map<std::pair<int32_t, int64_t>, std::vector<float>> logits;
+    std::map<std::pair<int32_t, int64_t>, float> logprobs;
+    int num_held = 0;
+  };
+  // delay(row, position): how many steps after the token was to be drawn its mask comes. The other rows go on meanwhile;
+  // every second time the held row is resumed in vain first.
+  const auto run = [&](const std::function<int(int32_t, int64_t)>& delay, int32_t num_threads, bool debug) {
+    CpuRunnerConfig config = config_;
+    config.groups = model_.groups();
+    config.num_pages.assign(config.groups.size(), 4 * kRows);
+    config.num_kv_heads = model_.shape().hkv;
+    config.head_dim = model_.shape().d;
+    config.num_threads = num_threads;
+    config.debug = debug;
+    auto owned = std::make_unique<CpuRunner>(model_.MakeProgram(), model_.MakeStore(), config);
+    CpuRunner& runner = *owned;
+    runner.TapLogits(true);
+    Executor executor(std::move(owned), {.groups = model_.groups(), .max_rows = kRows + 1});
+    Run out;
+    int64_t step = 0;
+    auto plan = std::make_shared<StepPlan>();
+    std::vector<int32_t> late(kRows);
+    const auto submit = [&] {
+      plan->step_id = step++;
+      executor.Submit(plan);
+      executor.WaitIdle();
+      for (LogitTap& tap : runner.TakeLogits()) out.logits[{tap.row, tap.position}] = std::move(tap.logits);
+      const StepResult result = executor.Drain().back().result;
+      EXPECT_EQ(result.error, "");
+      for (const ResultItem& item : result.items) {
+        if (item.flags & kHeld) {
+          EXPECT_GT(late[item.row], 0);
+          ++out.num_held;
+          continue;
+        }
+        EXPECT_EQ(item.n, 1);
+        EXPECT_EQ(late[item.row], 0);
+        const int64_t position = kPrompt + static_cast<int64_t>(out.tokens[item.row].size());
+        out.tokens[item.row].push_back(result.tokens[item.token_begin]);
+        out.logprobs[{item.row, position}] = result.logprobs[item.token_begin];
+      }
+      plan = std::make_shared<StepPlan>();
+    };
+    const auto post = [&](int32_t row, int64_t position) {
+      executor.PostMask(row, 1, position, mask(row, position));
+    };
+    for (int32_t row = 0; row < kRows; ++row) {
+      RowInit init{.row = row, .gen = 1, .max_len = 1000, .temperature = row == 1 ? 0.8f : 0.0f, .return_logprob = 1};
+      init.seed = 5;
+      init.rope_mode = mode_;
+      plan->row_ops.push_back({.kind = RowOpKind::kInit, .row = row, .gen = 1, .begin = row});
+      plan->inits.push_back(init);
+      for (int32_t g = 0; g < static_cast<int32_t>(model_.groups().size()); ++g) {
+        plan->row_ops.push_back({.kind = RowOpKind::kAppendPages, .row = row, .gen = 1, .group = g,
+                                 .begin = static_cast<int32_t>(plan->ints.size()), .count = 4});
+        for (int32_t page = 0; page < 4; ++page) plan->ints.push_back(4 * row + page);
+      }
+      const std::vector<int32_t> prompt = Tokens(kPrompt, vocab, row);
+      plan->items.push_back({row, 1, ItemKind::kExtend, kPrompt, kPrompt - 1, kPrompt * row, 0});
+      plan->tokens.insert(plan->tokens.end(), prompt.begin(), prompt.end());
+    }
+    const auto unfinished = [&](const std::vector<int32_t>& tokens) { return tokens.size() < kNumTokens; };
+    while (step < 100 && std::any_of(out.tokens.begin(), out.tokens.end(), unfinished)) {
+      for (int32_t i = 0; i < kRows; ++i) {
+        const auto row = static_cast<int32_t>((i + step) % kRows);  // in another order each time
+        const int64_t position = kPrompt + static_cast<int64_t>(out.tokens[row].size());
+        if (position == kPrompt + kNumTokens) continue;
+        if (late[row] > 0) {
+          if (--late[row] == 0) post(row, position);
+          if (late[row] > 0 && position % 2 == 0) continue;
+          plan->items.push_back({row, 1, ItemKind::kResume, 0, 0, 0, -1});
+        } else {
+          if (step > 0) plan->items.push_back({row, 1, ItemKind::kDecode, 1, 0, 0, -1});
+          late[row] = delay(row, position);
+          if (late[row] == 0) post(row, position);
+        }
+        plan->mask_rows.push_back(row);
+      }
+      submit();
+    }
+    return out;
+  };
+  const Run in_time = run([](int32_t, int64_t) { return 0; }, 1, false);
+  EXPECT_EQ(in_time.num_held, 0);
+  for (int32_t row = 0; row < kRows; ++row) {
+    ASSERT_EQ(in_time.tokens[row].size(), static_cast<size_t>(kNumTokens));
+    for (int32_t i = 0; i < kNumTokens; ++i) {
+      const int32_t token = in_time.tokens[row][i];
+      const std::vector<uint32_t> words = mask(row, kPrompt + i);
+      EXPECT_TRUE(words[token / 32] >> (token % 32) & 1) << "row " << row << " token " << i;
+      // Log-probabilities are those of the raw logits, whatever the mask allows.
+      const std::vector<float>& logits = in_time.logits.at({row, kPrompt + i});
+      double sum = 0;
+      for (const float v : logits) sum += std::exp(static_cast<double>(v) - logits[token]);
+      EXPECT_NEAR(in_time.logprobs.at({row, kPrompt + i}), -std::log(sum), 1e-4);
+    }
+  }
+  const std::function<int(int32_t, int64_t)> delays[] = {
+      [](int32_t, int64_t) { return 1; },
+      [](int32_t row, int64_t position) { return static_cast<int>((row + position) % 3); },
+      [](int32_t row, int64_t) { return row == 1 ? 3 : 0; },
+  };
+  for (const auto& delay : delays) {
+    for (const bool debug : {false, true}) {
+      const Run late = run(delay, debug ? 2 : 1, debug);
+      EXPECT_GE(late.num_held, kNumTokens);
+      EXPECT_EQ(late.tokens, in_time.tokens);
+      EXPECT_EQ(late.logits, in_time.logits) << "logits, bit by bit";
+      EXPECT_EQ(late.logprobs, in_time.logprobs);
+    }
+  }
+}
+
 // Through the Executor: prompt, then decode steps that take the token from the row, as served.
 TEST_P(CpuRunnerCase, GreedyDecodingThroughTheExecutor) {
   Program program = model_.MakeProgram();

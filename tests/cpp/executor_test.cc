@@ -16,6 +16,7 @@
 
 #include "base/check.h"
 #include "program/fake_runners.h"
+#include "program/sample_rows.h"
 
 namespace sapwood {
 namespace {
@@ -24,7 +25,8 @@ using Kind = ExecutorEvent::Kind;
 
 const std::vector<KvGroup> kGroups = {{.kind = KvKind::kFull, .num_layers = 1, .page_size = 4}};
 
-// Notes each call; `on` may throw or block. The token of a logit row is 100 * row + the position it is drawn for.
+// Notes each call; `on` may throw or block. The token of a logit row is 100 * row + the position it is drawn for, plus
+// 1000 times the first word of its mask.
 class ProbeRunner : public Runner {
  public:
   std::function<void(const std::string& call, int64_t step)> on = [](const std::string&, int64_t) {};
@@ -33,13 +35,16 @@ class ProbeRunner : public Runner {
 
   void CopyPages(std::span<const PageCopy> copies) override { Note("copy" + std::to_string(copies.size()), -1); }
   void Forward(const StepBatch& batch, const RowTable&) override { Note("forward", batch.step_id); }
-  void Head(const StepBatch& batch, const RowTable&, std::span<SampledToken> out) override {
+  void Head(const StepBatch& batch, const RowTable& rows, std::span<SampledToken> out) override {
     Note("head", batch.step_id);
     for (size_t l = 0; l < out.size(); ++l) {
       const Segment& s = batch.segments[batch.logit_segment[l]];
-      out[l] = {static_cast<int32_t>(100 * s.row + batch.positions[batch.logit_src[l]] + 1), -0.5f, bad};
+      const RowMask mask = MaskOf(batch, rows, static_cast<int32_t>(l));
+      const int64_t token = 100 * s.row + batch.logit_position[l] + (mask.bits ? 1000 * int64_t{(*mask.bits)[0]} : 0);
+      out[l] = {static_cast<int32_t>(token), -0.5f, bad, mask.late};
     }
   }
+  int32_t vocab_size() const override { return 32; }
 
  private:
   void Note(const std::string& call, int64_t step) {
@@ -80,6 +85,14 @@ struct PlanMaker {
     plan->items.push_back({row, gen, ItemKind::kDecode, 1, 0, 0, -1});
     return *this;
   }
+  PlanMaker& Resume(int32_t row, uint32_t gen) {
+    plan->items.push_back({row, gen, ItemKind::kResume, 0, 0, 0, -1});
+    return *this;
+  }
+  PlanMaker& Masked(int32_t row) {
+    plan->mask_rows.push_back(row);
+    return *this;
+  }
   operator std::shared_ptr<const StepPlan>() const { return plan; }
 };
 
@@ -100,6 +113,9 @@ struct Harness {
     return executor->Drain();
   }
   StepResult Run(std::shared_ptr<const StepPlan> plan) { return RunAll({std::move(plan)}).back().result; }
+  void Post(int32_t row, uint32_t gen, int64_t position, uint32_t word) {
+    executor->PostMask(row, gen, position, std::span(&word, 1));
+  }
 };
 
 bool Readable(int fd, int timeout_ms = 0) {
@@ -197,6 +213,109 @@ TEST(Executor, ARowThatEndedIsSkippedByTheNextStep) {
   ASSERT_EQ(events.size(), 6u) << "an empty step reports twice as well";
   EXPECT_EQ(events[4].kind, Kind::kHead);
   EXPECT_EQ(h.probe->calls.size(), 4u) << "and costs the runner nothing";
+}
+
+TEST(Executor, MaskInTimeIsDrawnUnder) {
+  Harness h;
+  h.Post(0, 1, 3, 7);  // before the executor knows the row
+  const StepResult r =
+      h.Run(PlanMaker(1).Init(0, 1).Init(1, 1).Extend(0, 1, 3, 0, 1).Extend(1, 1, 3, 0, 1).Masked(0));
+  EXPECT_EQ(r.tokens, (std::vector<int32_t>{7003, 103}));
+  EXPECT_EQ(r.items[0].flags, 0);
+  h.Post(0, 1, 4, 8);
+  EXPECT_EQ(h.Run(PlanMaker(2).Decode(0, 1)).tokens, std::vector<int32_t>{4}) << "the plan asks for none";
+}
+
+TEST(Executor, LateMaskHoldsItsRowAndNobodyElse) {
+  Harness h;
+  PlanMaker first(1);
+  first.Init(0, 1, 1000, {}, true).Init(1, 1).Extend(0, 1, 3, 0, 1).Extend(1, 1, 3, 0, 1).Masked(0).Masked(1);
+  h.Post(1, 1, 3, 2);
+  // Two steps ahead, as planned before the loop heard.
+  const auto events = h.RunAll({first, PlanMaker(2).Decode(0, 1).Decode(1, 1).Masked(0),
+                                PlanMaker(3).Decode(0, 1).Masked(0)});
+  const StepResult &held = events[1].result, &next = events[3].result, &last = events[5].result;
+  EXPECT_EQ(held.items[0].flags, kHeld);
+  EXPECT_EQ(held.items[0].n, 0);
+  EXPECT_EQ(held.items[1].flags, 0);
+  EXPECT_EQ(held.tokens, std::vector<int32_t>{2103});
+  EXPECT_EQ(held.num_logit_rows, 2);
+  EXPECT_EQ(next.items[0].flags, kSkipped | kHeld);
+  EXPECT_EQ(next.tokens, std::vector<int32_t>{104});
+  EXPECT_EQ(next.num_tokens, 1);
+  EXPECT_EQ(last.items[0].flags, kSkipped | kHeld);
+  EXPECT_EQ(last.num_tokens, 0);
+
+  h.probe->calls.clear();
+  const StepResult still = h.Run(PlanMaker(4).Resume(0, 1).Masked(0));
+  EXPECT_EQ(still.items[0].flags, kHeld);
+  EXPECT_EQ(h.probe->calls, std::vector<std::string>{"head@4"}) << "no tokens, no forward";
+  h.Post(0, 1, 3, 5);
+  const StepResult resumed = h.Run(PlanMaker(5).Decode(1, 1).Resume(0, 1).Masked(0));
+  EXPECT_EQ(resumed.tokens, (std::vector<int32_t>{105, 5003}));
+  EXPECT_EQ(resumed.items[1].n, 1);
+  EXPECT_EQ(resumed.items[1].token_begin, 1);
+  EXPECT_EQ(resumed.items[1].flags, 0);
+  EXPECT_EQ(resumed.logprobs[1], -0.5f);
+  EXPECT_EQ(resumed.num_tokens, 1);
+  EXPECT_EQ(resumed.num_kv, 5);
+  EXPECT_EQ(resumed.num_logit_rows, 2);
+  EXPECT_EQ(h.Run(PlanMaker(6).Decode(0, 1)).tokens, std::vector<int32_t>{4}) << "and goes on";
+}
+
+TEST(Executor, MasksOfFormerGenerationsAreNoMasks) {
+  Harness h;
+  h.Post(0, 1, 3, 5);
+  EXPECT_EQ(h.Run(PlanMaker(1).Init(0, 2).Extend(0, 2, 3, 0, 1).Masked(0)).items[0].flags, kHeld);
+  EXPECT_EQ(h.Run(PlanMaker(2).Resume(0, 1).Masked(0)).items[0].flags, kSkipped) << "a stale resume";
+  PlanMaker freed(3);
+  freed.plan->row_ops.push_back({.kind = RowOpKind::kFree, .row = 0, .gen = 2});
+  EXPECT_EQ(h.Run(freed.Resume(0, 2).Masked(0)).items[0].flags, kSkipped);
+  h.Post(0, 3, 3, 6);
+  EXPECT_EQ(h.Run(PlanMaker(4).Init(0, 3).Extend(0, 3, 3, 0, 1).Masked(0)).tokens, std::vector<int32_t>{6003});
+}
+
+TEST(Executor, PostMaskChecksItsArguments) {
+  Harness h;
+  EXPECT_THROW(h.Post(8, 1, 0, 1), InvalidArgument);
+  EXPECT_THROW(h.Post(0, 1, -1, 1), InvalidArgument);
+  const std::vector<uint32_t> words(2);
+  EXPECT_THROW(h.executor->PostMask(0, 1, 0, words), InvalidArgument) << "the runner has 32 tokens";
+}
+
+// A grammar's thread posts masks while steps run: each token is drawn under its own, in time or resumed.
+TEST(Executor, MasksComeFromAnotherThread) {
+  Harness h;
+  constexpr int64_t kTokens = 500;
+  std::atomic<int64_t> wanted{1};  // the position whose mask may be made: the tokens before it are known
+  std::thread grammar([&] {
+    for (int64_t position = 1; position <= kTokens; ++position) {
+      while (wanted.load() < position) std::this_thread::yield();
+      h.Post(0, 1, position, static_cast<uint32_t>(position % 31 + 1));
+    }
+  });
+  h.executor->Submit(
+      PlanMaker(0).Init(0, 1, 1 << 30).Pages(0, 1, std::vector<int32_t>(600, 0)).Extend(0, 1, 1, 0, 1).Masked(0));
+  int64_t step = 0, position = 1, num_held = 0;
+  while (position <= kTokens) {
+    ASSERT_TRUE(Readable(h.executor->fd(), 5000));
+    for (const ExecutorEvent& e : h.executor->Drain()) {
+      if (e.kind == Kind::kHead) continue;
+      ASSERT_EQ(e.result.error, "");
+      PlanMaker next(++step);
+      if (e.result.items[0].flags == kHeld) {
+        ++num_held;
+        next.Resume(0, 1);
+      } else {
+        EXPECT_EQ(e.result.tokens, std::vector<int32_t>{static_cast<int32_t>(position + 1000 * (position % 31 + 1))});
+        wanted = ++position;
+        next.Decode(0, 1);
+      }
+      if (position <= kTokens) h.executor->Submit(next.Masked(0));
+    }
+  }
+  grammar.join();
+  RecordProperty("held", std::to_string(num_held));
 }
 
 TEST(Executor, BadLogitsEndTheRow) {

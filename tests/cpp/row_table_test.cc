@@ -1,4 +1,5 @@
-// RowTable: what row ops leave behind, what Prepare derives, when a row ends.
+// RowTable: what row ops leave behind, what Prepare derives, when a row ends, is held and goes on. MaskTable: which masks
+// are there, and that they go.
 #include "batch/row_table.h"
 
 #include <gtest/gtest.h>
@@ -65,6 +66,14 @@ struct PlanWriter {
     return *this;
   }
   PlanWriter& Decode(int32_t row, uint32_t gen) { return Item(row, gen, ItemKind::kDecode); }
+  PlanWriter& Resume(int32_t row, uint32_t gen) {
+    plan.items.push_back({row, gen, ItemKind::kResume, 0, 0, 0, -1});
+    return *this;
+  }
+  PlanWriter& Masked(int32_t row) {
+    plan.mask_rows.push_back(row);
+    return *this;
+  }
 };
 
 StepBatch PrepareStep(RowTable& rows, const PlanWriter& writer) {
@@ -229,9 +238,237 @@ TEST(RowTableTest, ImpossiblePlansAreInternalErrors) {
   tokens.Extend(0, 1, 0, {1}, 0);
   tokens.plan.items.back().token_begin = 1;
   fails(tokens, "tokens outside");
-  for (const ItemKind kind : {ItemKind::kVerify, ItemKind::kScore, ItemKind::kResume}) {
+  for (const ItemKind kind : {ItemKind::kVerify, ItemKind::kScore}) {
     fails(PlanWriter().Item(0, 1, kind), "unsupported kind");
   }
+  fails(PlanWriter().Decode(0, 1).Masked(2), "mask of a row out of range");
+  fails(PlanWriter().Decode(0, 1).Masked(-1), "mask of a negative row");
+  fails(PlanWriter().Item(0, 1, ItemKind::kResume), "resume with a query token");
+  fails(PlanWriter().Resume(0, 1), "resume of a row that is not held");
+}
+
+const SampledToken kLate{.held = true};
+
+// Row 0 of generation 7 with a prompt of three tokens, held at position 3.
+RowTable HeldRow() {
+  RowTable rows(TwoGroups(), 3);
+  const StepBatch batch = PrepareStep(
+      rows, PlanWriter().Init(0, 7, 0).Pages(0, 7, 0, {4, 5}).Pages(0, 7, 1, {6, 7}).Extend(0, 7, 0, {1, 2, 3}, 1)
+                .Masked(0));
+  EXPECT_EQ(batch.logit_masked, (std::vector<uint8_t>{0, 1}));  // only the last logit row draws a token
+  EXPECT_EQ(batch.logit_position, (Longs{2, 3}));
+  EXPECT_EQ(rows.CommitSample(0, kLate), kHeld);
+  return rows;
+}
+
+TEST(RowTableTest, OnlyTheRowsThatArePlannedToAreMasked) {
+  RowTable rows({Group(KvKind::kFull, 4)}, 3);
+  PlanWriter writer;
+  for (int32_t r = 0; r < 3; ++r) {
+    writer.Init(r, 1, 0).Pages(r, 1, 0, {r}).Extend(r, 1, 0, {5, 6}, r == 2 ? 2 : 1);
+  }
+  EXPECT_EQ(PrepareStep(rows, writer.Masked(2).Masked(1)).logit_masked, (std::vector<uint8_t>{0, 1}));
+  for (int32_t r = 0; r < 2; ++r) rows.CommitSample(r, Token(7));
+  // The next plan's masks are its own.
+  EXPECT_EQ(PrepareStep(rows, PlanWriter().Decode(0, 1).Decode(1, 1).Masked(0)).logit_masked,
+            (std::vector<uint8_t>{1, 0}));
+}
+
+TEST(RowTableTest, HeldRowIsSkippedThenResumed) {
+  RowTable rows = HeldRow();
+  EXPECT_TRUE(rows.row(0).held);
+  EXPECT_TRUE(rows.row(0).alive);
+  EXPECT_EQ(rows.row(0).kv_len, 3);
+  for (int i = 0; i < 2; ++i) {  // planned ahead
+    const StepBatch ahead = PrepareStep(rows, PlanWriter().Decode(0, 7).Masked(0));
+    EXPECT_EQ(ahead.held_items, (Ints{0}));
+    EXPECT_TRUE(ahead.skipped_items.empty());
+    EXPECT_TRUE(ahead.segments.empty());
+    EXPECT_EQ(rows.row(0).kv_len, 3);
+  }
+  for (const uint32_t gen : {8u, 9u}) {  // beside another row; late the first time
+    const StepBatch batch = PrepareStep(
+        rows, PlanWriter().Init(1, gen, 0).Pages(1, gen, 0, {8}).Pages(1, gen, 1, {8}).Extend(1, gen, 0, {9}, 0)
+                  .Resume(0, 7).Masked(0));
+    EXPECT_TRUE(batch.held_items.empty());
+    EXPECT_EQ(batch.num_tokens, 1);
+    EXPECT_EQ(batch.num_kv, 1);
+    EXPECT_EQ(batch.logit_src, (Ints{0, -1}));
+    EXPECT_EQ(batch.logit_segment, (Ints{0, 1}));
+    EXPECT_EQ(batch.logit_position, (Longs{1, 3}));
+    EXPECT_EQ(batch.logit_masked, (std::vector<uint8_t>{0, 1}));
+    ASSERT_EQ(batch.segments.size(), 2u);
+    EXPECT_EQ(batch.segments[1].q_len, 0);
+    EXPECT_EQ(batch.segments[1].kv_len, 3);
+    EXPECT_EQ(rows.row(0).kv_len, 3);
+    if (gen == 8) { EXPECT_EQ(rows.CommitSample(0, kLate), kHeld); }
+  }
+  EXPECT_EQ(rows.CommitSample(0, Token(33)), 0);
+  EXPECT_FALSE(rows.row(0).held);
+  const StepBatch next = PrepareStep(rows, PlanWriter().Decode(0, 7));
+  EXPECT_EQ(next.tokens, (Ints{33}));
+  EXPECT_EQ(next.positions, (Longs{3}));
+}
+
+TEST(RowTableTest, AResumeThatFinishesEndsTheRow) {
+  RowTable rows({Group(KvKind::kFull, 4)}, 1);
+  PrepareStep(rows, PlanWriter().Init(0, 1, 0, 100, {50}, 3).Pages(0, 1, 0, {3}).Extend(0, 1, 0, {1, 2, 3}, 2).Masked(0));
+  rows.CommitSample(0, kLate);
+  PrepareStep(rows, PlanWriter().Resume(0, 1).Masked(0));
+  EXPECT_EQ(rows.CommitSample(0, Token(50)), kFinishedStop);  // three tokens exist: not below min_len
+  EXPECT_EQ(PrepareStep(rows, PlanWriter().Resume(0, 1)).skipped_items, (Ints{0}));
+}
+
+TEST(RowTableTest, WhatEndsAHold) {
+  const auto decodes = [](RowTable& rows, uint32_t gen) {
+    return !PrepareStep(rows, PlanWriter().Decode(0, gen)).segments.empty();
+  };
+  {
+    RowTable rows = HeldRow();
+    EXPECT_FALSE(decodes(rows, 7));
+    EXPECT_THROW(PrepareStep(rows, PlanWriter().Extend(0, 7, 3, {1}, 0)), InternalError);
+  }
+  {
+    RowTable rows = HeldRow();
+    const StepBatch stale = PrepareStep(rows, PlanWriter().Resume(0, 6));
+    EXPECT_EQ(stale.skipped_items, (Ints{0})) << "another generation";
+    EXPECT_TRUE(rows.row(0).held);
+  }
+  {
+    RowTable rows = HeldRow();
+    EXPECT_EQ(PrepareStep(rows, PlanWriter().Op(RowOpKind::kFree, 0, 7).Resume(0, 7)).skipped_items, (Ints{0}));
+  }
+  {
+    RowTable rows = HeldRow();
+    PrepareStep(rows, PlanWriter().Init(0, 8, 0).Pages(0, 8, 0, {1}).Pages(0, 8, 1, {1}).Extend(0, 8, 0, {1}, 0));
+    EXPECT_FALSE(rows.row(0).held) << "a new init";
+  }
+  {
+    RowTable rows = HeldRow();  // the grammar leaves no choice: the token is given
+    const StepBatch forced = PrepareStep(rows, PlanWriter().Ids(RowOpKind::kForceTokens, 0, 7, 0, {40}, 3).Decode(0, 7));
+    EXPECT_EQ(forced.tokens, (Ints{40}));
+    EXPECT_EQ(forced.positions, (Longs{3}));
+  }
+  {
+    RowTable rows = HeldRow();
+    PrepareStep(rows, PlanWriter().Op(RowOpKind::kTruncate, 0, 7, 3));
+    EXPECT_TRUE(rows.row(0).held) << "nothing was cut off";
+    PrepareStep(rows, PlanWriter().Op(RowOpKind::kTruncate, 0, 7, 2));
+    EXPECT_FALSE(rows.row(0).held);
+    EXPECT_TRUE(decodes(rows, 7));
+  }
+  {
+    RowTable rows = HeldRow();
+    EXPECT_EQ(rows.CommitSample(0, {.token = 0, .logprob = 0.0f, .bad = true}), kBadLogits);  // its step failed
+    EXPECT_FALSE(decodes(rows, 7));
+  }
+}
+
+using Words = std::vector<uint32_t>;
+
+TEST(MaskTableTest, KeyedByRowGenerationAndPosition) {
+  MaskTable masks(2, 40);
+  const Words first{1, 2}, second{3, 4};
+  masks.Post(1, 5, 9, first);
+  ASSERT_NE(masks.Find(1, 5, 9), nullptr);
+  EXPECT_EQ(*masks.Find(1, 5, 9), first);
+  EXPECT_EQ(masks.Find(0, 5, 9), nullptr);
+  EXPECT_EQ(masks.Find(1, 6, 9), nullptr);
+  EXPECT_EQ(masks.Find(1, 5, 8), nullptr);
+  const MaskTable::Bits in_use = masks.Find(1, 5, 9);
+  masks.Post(1, 5, 9, second);
+  EXPECT_EQ(*masks.Find(1, 5, 9), second) << "the last word counts";
+  EXPECT_EQ(*in_use, first) << "but not for who is drawing";
+  EXPECT_EQ(masks.size(), 1u);
+}
+
+TEST(MaskTableTest, MisuseIsRefused) {
+  MaskTable masks(2, 40);
+  EXPECT_THROW(masks.Post(2, 1, 0, Words{0, 0}), InvalidArgument);
+  EXPECT_THROW(masks.Post(-1, 1, 0, Words{0, 0}), InvalidArgument);
+  EXPECT_THROW(masks.Post(0, 1, -1, Words{0, 0}), InvalidArgument);
+  EXPECT_THROW(masks.Post(0, 1, 0, Words{0}), InvalidArgument);
+  EXPECT_THROW(masks.Post(0, 1, 0, Words{0, 0, 0}), InvalidArgument);
+  EXPECT_THROW(masks.Post(0, 1, 0, Words{}), InvalidArgument);
+  EXPECT_THROW(MaskTable(1, -1), InvalidArgument);
+  MaskTable any(1, 0);
+  any.Post(0, 1, 0, Words{7, 7, 7});
+  EXPECT_THROW(any.Post(0, 1, 0, Words{}), InvalidArgument);
+  EXPECT_EQ(masks.size(), 0u);
+}
+
+TEST(MaskTableTest, MasksGoWithWhatTheyAreFor) {
+  MaskTable masks(1, 32);
+  const auto post = [&](uint32_t gen, int64_t position) { masks.Post(0, gen, position, Words{gen}); };
+  const auto there = [&](uint32_t gen, int64_t position) { return masks.Find(0, gen, position) != nullptr; };
+  for (int64_t p = 10; p < 14; ++p) post(3, p);
+  masks.Drawn(0, 3, 11);
+  EXPECT_FALSE(there(3, 10) || there(3, 11));
+  EXPECT_TRUE(there(3, 12) && there(3, 13));
+  post(4, 5);  // before its row is known
+  masks.Drawn(0, 3, 12);
+  EXPECT_TRUE(there(4, 5));
+  masks.Begin(0, 4);
+  EXPECT_FALSE(there(3, 13));
+  EXPECT_TRUE(there(4, 5));
+  post(5, 1);
+  masks.End(0, 4);
+  EXPECT_FALSE(there(4, 5));
+  EXPECT_TRUE(there(5, 1));
+  post(4, 6);  // made too late
+  EXPECT_FALSE(there(4, 6));
+  masks.Begin(0, 5);
+  EXPECT_TRUE(there(5, 1));
+  masks.Drawn(0, 5, 1);
+  EXPECT_EQ(masks.size(), 0u);
+
+  const uint32_t last = 0xFFFFFFFF;  // generations wrap around, leaving out 0
+  masks.Begin(0, last);
+  post(last, 1);
+  post(1, 1);
+  masks.Begin(0, 1);
+  EXPECT_FALSE(there(last, 1));
+  EXPECT_TRUE(there(1, 1));
+}
+
+TEST(MaskTableTest, MemoryIsBounded) {
+  MaskTable masks(1, 32);
+  constexpr auto kMost = static_cast<int64_t>(MaskTable::kMaxPerRow);
+  masks.Begin(0, 9);
+  for (int64_t p = 0; p < kMost; ++p) masks.Post(0, 7, p, Words{1});  // a former generation's: made too late
+  for (int64_t p = 0; p < kMost; ++p) masks.Post(0, 9, p, Words{1});
+  EXPECT_EQ(masks.size(), MaskTable::kMaxPerRow);
+  for (int64_t p = 0; p < kMost; ++p) EXPECT_NE(masks.Find(0, 9, p), nullptr) << p;
+  EXPECT_THROW(masks.Post(0, 9, kMost, Words{1}), InvalidArgument);
+  masks.Post(0, 9, kMost - 1, Words{2});  // replacing is no growth
+  masks.Drawn(0, 9, 0);
+  masks.Post(0, 9, kMost, Words{1});
+}
+
+TEST(RowTableTest, MasksFollowTheRow) {
+  RowTable rows({Group(KvKind::kFull, 4)}, 1);
+  const auto post = [&](uint32_t gen, int64_t position) { rows.PostMask(0, gen, position, Words{1}); };
+  post(1, 1);
+  post(1, 2);
+  PrepareStep(rows, PlanWriter().Init(0, 1, 0).Pages(0, 1, 0, {0}).Extend(0, 1, 0, {5}, 0).Masked(0));
+  EXPECT_EQ(rows.masks().size(), 2u);
+  rows.CommitSample(0, Token(9));
+  EXPECT_EQ(rows.masks().size(), 1u);  // position 1 is drawn
+  PrepareStep(rows, PlanWriter().Decode(0, 1).Masked(0));
+  rows.CommitSample(0, kLate);
+  EXPECT_EQ(rows.masks().size(), 1u);  // a held row's is still to come
+  post(1, 3);
+  PrepareStep(rows, PlanWriter().Op(RowOpKind::kFree, 0, 1));
+  EXPECT_EQ(rows.masks().size(), 0u);
+  post(2, 1);
+  post(3, 1);
+  PrepareStep(rows, PlanWriter().Init(0, 3, 0, 2).Pages(0, 3, 0, {0}).Extend(0, 3, 0, {5}, 0).Masked(0));
+  EXPECT_EQ(rows.masks().size(), 1u);
+  post(3, 2);
+  EXPECT_EQ(rows.CommitSample(0, Token(9)), kFinishedLength);
+  EXPECT_EQ(rows.masks().size(), 0u);
+  post(3, 3);
+  EXPECT_EQ(rows.masks().size(), 0u);
 }
 
 }  // namespace
