@@ -142,6 +142,25 @@ MUTATIONS = (
         "",
         "ctest:row_table_test",
     ),
+    # Rows that wait for a grammar mask.
+    Mutation(
+        "held-row-resumes-anothers-hidden-state", "cpp/program/cpu_runner.cc",
+        "std::copy_n(src >= 0 ? x + src * cols : kept + row * cols, cols, out + i * cols);",
+        "std::copy_n(src >= 0 ? x + src * cols : kept + (row + 1) % 3 * cols, cols, out + i * cols);",
+        "ctest:cpu_runner_test",
+    ),
+    Mutation(
+        "resume-advances-the-kv", "cpp/batch/row_table.cc",
+        "row.kv_len = end;",
+        "row.kv_len = end + resume;",
+        CHECKSUM,
+    ),
+    Mutation(
+        "window-slides-for-what-is-skipped", "cpp/batch/batch_builder.cc",
+        "const int64_t len = row.spec.masked ? std::min(row.planned_len, row.known()) : row.planned_len;",
+        "const int64_t len = row.planned_len;",
+        CHECKSUM,
+    ),
     # The step loop.
     Mutation(
         "plan-after-result", "python/sapwood/config.py",

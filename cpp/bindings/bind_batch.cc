@@ -101,6 +101,9 @@ py::dict PreparedDict(const StepPlan& plan, const StepBatch& batch, const RowTab
   out["token_segment"] = Copy<int32_t>(batch.token_segment);
   out["logit_src"] = Copy<int32_t>(batch.logit_src);
   out["logit_segment"] = Copy<int32_t>(batch.logit_segment);
+  std::vector<int32_t> logit_rows;
+  for (const int32_t segment : batch.logit_segment) logit_rows.push_back(batch.segments[segment].row);
+  out["logit_rows"] = Copy<int32_t>(logit_rows);
   out["logit_masked"] = Copy<uint8_t>(batch.logit_masked);
   out["skipped_items"] = batch.skipped_items;
   py::list segments, slots, tables, copies;

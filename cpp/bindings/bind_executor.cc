@@ -29,10 +29,17 @@ void BindExecutor(py::module_& m) {
       },
       py::arg("groups"), py::arg("num_pages"), py::arg("vocab_size") = 1000, py::kw_only(), py::arg("stall_seed") = 0,
       py::arg("stall_us") = 0, py::arg("bad_every") = 0, py::arg("fail_every") = 0);
-  m.def("checksum_next_token", [](const std::vector<KvGroup>& groups, int32_t vocab_size, const Ints& tokens) {
-    auto view = View(tokens);
-    return ChecksumNextToken(groups, vocab_size, view.data(), static_cast<int64_t>(view.size()));
-  });
+  m.def(
+      "checksum_next_token",
+      [](const std::vector<KvGroup>& groups, int32_t vocab_size, const Ints& tokens,
+         const std::optional<MaskWords>& mask) {
+        const auto view = View(tokens);
+        const auto words = mask ? View(*mask) : std::span<const uint32_t>();
+        SAPWOOD_REQUIRE(!mask || static_cast<int64_t>(words.size()) * 32 >= vocab_size, "mask: expected a bit for each "
+                        "of ", vocab_size, " tokens, got ", words.size(), " words");
+        return ChecksumNextToken(groups, vocab_size, view.data(), static_cast<int64_t>(view.size()), words);
+      },
+      py::arg("groups"), py::arg("vocab_size"), py::arg("tokens"), py::arg("mask") = py::none());
   m.def(
       "noop_runner",
       [](int32_t token, int32_t forward_us, int32_t head_us) {

@@ -1,6 +1,8 @@
 """The C++ core as Python sees it. Written by hand; tests/arch compares it with the built module.
 
 Arrays: `Ints` is anything with a contiguous int32 buffer (numpy int32 array); lists of int are accepted where noted.
+`Mask` is which tokens may be drawn: ceil(vocab / 32) words, bit i % 32 of word i / 32 for token i; int32 words, as some
+libraries make them, need .view(np.uint32).
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ import numpy as np
 import sapwood.errors
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
+Mask = np.ndarray[Any, np.dtype[np.uint32]]
 
 __version__: str
 
@@ -84,6 +87,7 @@ class StepPlan:
     step_id: int
     num_items: int
     num_tokens: int
+    mask_rows: list[int]  # rows of items whose drawn token must obey the mask posted for it
     def items(self) -> list[tuple[int, int, str, int, int]]: ...  # row, gen, kind, q_len, logit_from
     def serialize(self) -> bytes: ...
     @staticmethod
@@ -107,6 +111,7 @@ class BuiltStep:
     blocked: list[int]
     num_extend_tokens: int
     num_decode_rows: int
+    num_resume_rows: int
     num_kv: int
     num_logit_rows: int
 
@@ -131,6 +136,7 @@ class BatchBuilder:
         return_logprob: bool = False,
         stop_ids: Sequence[int] = (),
         keys: Ints | None = None,
+        masked: bool = False,  # every token drawn for it obeys a mask that is posted: Executor.post_mask, mask_posted
     ) -> tuple[int, int, int]: ...  # row, gen, cached_len; CapacityError when no row is free
     def admit_fork(
         self, parent: int, at: int, ns: int, tokens: Ints, **same_as_admit: Any
@@ -139,13 +145,15 @@ class BatchBuilder:
     def add_decodes(self) -> int: ...
     def add_extend(self, row: int, max_tokens: int) -> int: ...
     def end_step(self) -> BuiltStep: ...
-    # rows, tokens (-1: none), flags, logprobs
+    # rows, tokens (-1: none), flags, logprobs. HELD: the token's mask was late; the row is "held" until it is there
     def commit(self, result: StepResult) -> tuple[list[int], list[int], list[int], list[float]]: ...
+    # To be called with every Executor.post_mask of the row, late or in time: add_decodes resumes it where it is held
+    def mask_posted(self, row: int, position: int) -> None: ...
     def pause(self, row: int) -> None: ...
     def resume(self, row: int) -> None: ...
     def release(self, row: int, keep: bool = True, failed: bool = False) -> None: ...
     def pending_prefix(self, ns: int, keys: Ints) -> int: ...
-    def phase(self, row: int) -> str: ...  # "free" "extend" "decode" "paused" "done"
+    def phase(self, row: int) -> str: ...  # "free" "extend" "decode" "held" "paused" "done"
     def gen(self, row: int) -> int: ...
     def num_tokens(self, row: int) -> int: ...
     def tokens(self, row: int) -> Ints: ...
@@ -169,7 +177,7 @@ def checksum_runner(
     bad_every: int = 0,
     fail_every: int = 0,
 ) -> Runner: ...
-def checksum_next_token(groups: Sequence[KvGroup], vocab_size: int, tokens: Ints) -> int: ...
+def checksum_next_token(groups: Sequence[KvGroup], vocab_size: int, tokens: Ints, mask: Mask | None = None) -> int: ...
 def noop_runner(token: int, forward_us: int = 0, head_us: int = 0) -> Runner: ...
 
 class StepTrace:
@@ -193,6 +201,9 @@ class Executor:
         nice: int = 0,
     ) -> None: ...
     queued: int
+    # The mask of the row's token at an absolute position, for plans that name the row in mask_rows. At any time, from
+    # any thread; a second one replaces the first; ignored once the row of this generation has ended.
+    def post_mask(self, row: int, gen: int, position: int, bits: Mask) -> None: ...
     def submit(self, plan: StepPlan) -> None: ...
     def drain(self) -> list[tuple[str, int, StepResult | None]]: ...  # ("head" | "result", step_id, result)
     def fileno(self) -> int: ...
@@ -203,14 +214,16 @@ class Executor:
 
 # A RowTable for executors written in Python (the reference executor).
 class RowTable:
-    def __init__(self, groups: Sequence[KvGroup], max_rows: int) -> None: ...
+    def __init__(self, groups: Sequence[KvGroup], max_rows: int, vocab_size: int = 0) -> None: ...  # 0: of any size
+    def post_mask(self, row: int, gen: int, position: int, bits: Mask) -> None: ...  # as Executor.post_mask
     def prepare(self, plan: StepPlan) -> dict[str, Any]: ...
-    # applies row_ops, then: tokens positions token_segment logit_src logit_segment: int arrays;
+    # applies row_ops, then: tokens positions token_segment logit_src logit_segment logit_rows logit_masked: int arrays
+    # (logit_src -1: the hidden state kept of the row; logit_masked: keep it);
     # segments: list of (row, item, q_begin, q_len, kv_len, rope_mode); slots: list per group of int64 [T];
     # page_tables: [group][segment] int32 arrays; copies: list of (group, src, dst); skipped_items: list[int];
     # sampling: dict of [L] arrays by their names in cuda/sampling/params.h
     def sample(self, plan: StepPlan, prepared: dict[str, Any], logits: np.ndarray) -> StepResult: ...  # f32 [L, vocab]
-    # The same with what another sampler drew: int32, f32, int32 [L].
+    # The same with what another sampler drew: int32, f32, int32 [L]. Not for plans with mask_rows.
     def commit(self, plan: StepPlan, tokens: np.ndarray, logprobs: np.ndarray, bad: np.ndarray) -> StepResult: ...
     @staticmethod
     def fail(plan: StepPlan, error: str) -> StepResult: ...  # the result of a step that raised: no items, only why

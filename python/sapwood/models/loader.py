@@ -178,9 +178,9 @@ def _start(
                 config.page_size,
                 int8_kv=native.has_int8_kv(program, config),
             )
-            rows = _core.RowTable(groups, config.max_running_requests)
+            rows = _core.RowTable(groups, config.max_running_requests, program.vocab_size)
             return (
-                PlanExecutor(runner, rows, trace_capacity=config.trace_capacity),
+                PlanExecutor(runner, rows, trace_capacity=config.trace_capacity, masks=True),
                 runner,
                 groups,
                 num_pages,

@@ -151,7 +151,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
         ),
         # h = silu(y Wg^T) * (y Wu^T)
         "gate_up": OpSpec(("act",), ("act",), (("w", "gate_up"),), ("intermediate",), segments=_ROWWISE),
-        # x'[l] = x[logit_src[l]]
+        # x'[l] = x[logit_src[l]], or what was kept of the row where its mask was late
         "gather_logit_rows": OpSpec(("float32",), ("float32",), segments=("head",)),
         # logits = y W^T * scale, softcapped where softcap > 0; block_max = maximum of each 64 columns
         "lm_head": OpSpec(

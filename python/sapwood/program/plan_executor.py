@@ -36,8 +36,10 @@ class PreparedBatch:
     segments            (row, item, q_begin, q_len, kv_len after this step, rope_mode) of each live item
     slots               per group: [T] page * page_size + offset, where each token's KV goes
     page_tables         [group][segment]: page ids by absolute page index, -1 below a window
-    logit_src           [L] query tokens that yield logits
+    logit_src           [L] query tokens that yield logits; -1: the hidden state kept of the row
     sampling            [L] each: how those are sampled (cuda/sampling/params.h)
+    logit_rows          [L] the executor's row that each belongs to
+    logit_masked        [L] whether its hidden state must be kept: its mask may be late
     """
 
     tokens: np.ndarray[Any, Any]
@@ -48,6 +50,8 @@ class PreparedBatch:
     logit_src: np.ndarray[Any, Any]
     copies: Sequence[tuple[int, int, int]] = ()
     sampling: Mapping[str, np.ndarray[Any, Any]] = dataclasses.field(default_factory=dict)
+    logit_rows: Sequence[int] | np.ndarray[Any, Any] = ()
+    logit_masked: Sequence[int] | np.ndarray[Any, Any] = ()
 
     @classmethod
     def from_prepared(cls, prepared: Mapping[str, Any]) -> PreparedBatch:
@@ -111,9 +115,13 @@ class PlanExecutor:
     Rows, sampling and results are the core's (_core.RowTable). Thread safety: as _core.Executor, one caller.
     """
 
-    def __init__(self, model: Model, rows: Any, *, trace_capacity: int = 0) -> None:
-        """rows: a _core.RowTable of the same groups, owned by this executor from now on."""
+    def __init__(self, model: Model, rows: Any, *, trace_capacity: int = 0, masks: bool = False) -> None:
+        """rows: a _core.RowTable of the same groups, owned by this executor from now on.
+
+        masks   the model draws under masks, and keeps the hidden states of rows whose mask is late
+        """
         self._model = model
+        self._masks = masks
         self._rows = rows
         self._plans: queue.SimpleQueue[tuple[Any, int] | None] = queue.SimpleQueue()
         self._events: list[tuple[str, int, Any]] = []
@@ -133,8 +141,21 @@ class PlanExecutor:
         with self._lock:
             return self._queued
 
+    def post_mask(self, row: int, gen: int, position: int, bits: np.ndarray[Any, Any]) -> None:
+        """As _core.Executor.post_mask. Raises InvalidRequest where the model draws without masks."""
+        self._require_masks()
+        self._rows.post_mask(row, gen, position, bits)
+
+    def _require_masks(self) -> None:
+        if not self._masks:
+            raise InvalidRequest("this device draws tokens without grammar masks; use --device cpu", "device")
+
     def submit(self, plan: Any) -> None:
-        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, or after shutdown."""
+        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, after shutdown, and where the plan needs masks
+        that the model does not know.
+        """
+        if plan.mask_rows:
+            self._require_masks()
         with self._lock:
             if self._stopped:
                 raise InvalidRequest("the executor has been shut down")

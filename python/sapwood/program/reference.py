@@ -59,6 +59,8 @@ class ReferenceModel:
             torch.full((spec.num_layers, pages * page_size, *shape), float("nan"), dtype=dtype)
             for spec, pages in zip(program.groups, num_pages, strict=True)
         ]
+        # Of rows that draw under masks, which may be late: by name of the gathering node and row.
+        self._held: dict[tuple[str, int], torch.Tensor] = {}
 
     def copy_pages(self, copies: Iterable[tuple[int, int, int]]) -> None:
         """(group, source page, destination page) of each copy, done in order, before the forward."""
@@ -88,6 +90,9 @@ class ReferenceModel:
                 segment = node.segment
                 if segment == "head" and on_head is not None:
                     on_head()
+            if segment == "forward" and not len(batch.tokens):  # resumed rows alone
+                values |= {value.id: torch.empty(0, value.cols, dtype=self.dtype) for value in node.outputs}
+                continue
             outputs = self._run_node(node, [values[v.id] for v in node.inputs], batch)
             outputs = [
                 _through_int8(tensor) if value.dtype == "q8" else tensor
@@ -131,7 +136,7 @@ class ReferenceModel:
                 gate, up = (x[0] @ _need(w[0]).T).chunk(2, dim=-1)
                 return [torch.nn.functional.silu(gate) * up]
             case "gather_logit_rows":
-                return [x[0][torch.as_tensor(batch.logit_src, dtype=torch.long)]]
+                return [self._gather(node, x[0], batch)]
             case "lm_head":
                 logits = x[0] @ _need(w[0]).T * p["scale"]
                 if p["softcap"] > 0:
@@ -141,6 +146,18 @@ class ReferenceModel:
             case "sample":
                 return []
         raise InvalidRequest(f"the reference executor has no op {node.op!r} (node {node.name!r})")
+
+    def _gather(self, node: Node, x: torch.Tensor, batch: PreparedBatch) -> torch.Tensor:
+        src = np.asarray(batch.logit_src, np.int64)
+        out = torch.empty(len(src), x.shape[1], dtype=x.dtype)
+        computed = src >= 0
+        out[torch.from_numpy(computed)] = x[torch.from_numpy(src[computed])]
+        for at, (row, masked) in enumerate(zip(batch.logit_rows, batch.logit_masked, strict=True)):
+            if not computed[at]:
+                out[at] = self._held[node.name, int(row)]
+            elif masked:
+                self._held[node.name, int(row)] = out[at].clone()
+        return out
 
     def _qkv(self, node: Node, y: torch.Tensor, w: list[torch.Tensor | None], batch: PreparedBatch) -> torch.Tensor:
         p = node.params
@@ -182,7 +199,7 @@ class ReferenceModel:
             distance = torch.arange(first_query, kv_len)[:, None] - torch.as_tensor(keys_at)[None, :]
             hidden = (distance < 0) | (distance >= window) if window else distance < 0
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            out[begin : begin + length] = torch.einsum("gstk,kgd->tgsd", weights, v).reshape(length, -1)
+            out[begin : begin + length] = torch.einsum("gstk,kgd->tgsd", weights, v).reshape(length, q.shape[1])
         return out
 
 

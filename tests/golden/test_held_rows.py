@@ -1,0 +1,70 @@
+"""Rows that draw under grammar masks, in time and late, against transformers' logits: devices "cpu" and "reference"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from golden_checkpoints import TINY, build, hf_logits, prompts_of
+from golden_driver import Driver
+
+from sapwood import _core
+
+NUM_NEW = 8
+
+
+def allowed_at(position: int, vocab_size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return np.random.default_rng(position).random(vocab_size) < 0.1
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_a_held_row_draws_the_best_allowed_token(device: str, tmp_path: Any) -> None:
+    """Of three rows one is held each step and resumed later, beside the others or alone; one draws without masks."""
+    built = build(TINY[0], tmp_path)
+    prompts = prompts_of(9)[:3]
+    with Driver(built.f32_dir, dtype="float32", device=device) as driver:
+        builder, executor, vocab_size = driver.builder, driver.model.executor, driver.model.vocab_size
+
+        def post(row: int, gen: int) -> None:
+            position = builder.num_tokens(row)
+            words = np.zeros(-(-vocab_size // 32) * 32, bool)
+            words[:vocab_size] = allowed_at(position, vocab_size)
+            executor.post_mask(row, gen, position, np.packbits(words, bitorder="little").view(np.uint32))
+            builder.mask_posted(row, position)
+
+        rows = []
+        for prompt in prompts:
+            ids = np.asarray(prompt, np.int32)
+            admitted = builder.admit(
+                0, ids, prompt_len=len(ids), max_len=len(ids) + NUM_NEW, temperature=0.0, masked=len(rows) < 2
+            )
+            rows.append(admitted[:2])
+        num_held = num_alone = 0
+        for step in range(1, 200):
+            builder.begin_step(step)
+            builder.add_decodes()
+            for row, _ in rows:
+                if builder.phase(row) == "extend":
+                    builder.add_extend(row, 48)
+            made = builder.end_step()
+            if made.plan is not None:
+                num_alone += made.num_resume_rows > 0 and made.plan.num_tokens == 0
+                executor.submit(made.plan)
+                executor.wait_idle()
+                result = next(result for kind, _, result in executor.drain() if kind == "result")
+                assert not result.error, result.error
+                num_held += sum(flags & _core.HELD != 0 for flags in builder.commit(result)[2])
+            for at, (row, gen) in enumerate(rows[:2]):
+                if (step + at) % 3 == 0 and builder.phase(row) != "done":
+                    post(row, gen)
+            if all(builder.phase(row) == "done" for row, _ in rows):
+                break
+        outputs = [builder.tokens(row).tolist() for row, _ in rows]
+    assert num_held >= 4 and num_alone >= 2
+    for at, (prompt, tokens) in enumerate(zip(prompts, outputs, strict=True)):
+        assert len(tokens) == len(prompt) + NUM_NEW
+        logits = hf_logits(built.f32, tokens)[len(prompt) - 1 : -1]
+        for position, (row, token) in enumerate(zip(logits, tokens[len(prompt) :], strict=True), len(prompt)):
+            allowed = allowed_at(position, len(row)) if at < 2 else np.ones(len(row), bool)
+            assert token == np.where(allowed, row, -np.inf).argmax(), (at, position)
