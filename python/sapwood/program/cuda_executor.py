@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 # Steps queued and not done; the loop plans one ahead, so a place is nearly always free.
 MAX_QUEUED: Final = 4
+NO_MASKS: Final = "device 'cuda' draws tokens without grammar masks yet; use --device cpu"
 
 
 class StepLauncher:
@@ -234,7 +235,9 @@ class CudaExecutor:
             return self._queued
 
     def submit(self, plan: Any) -> None:
-        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, or after shutdown."""
+        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, after shutdown, and for a plan with masks."""
+        if plan.mask_rows:
+            raise InvalidRequest(NO_MASKS, "device")
         with self._lock:
             if self._stopped:
                 raise InvalidRequest("the executor has been shut down")
@@ -243,6 +246,10 @@ class CudaExecutor:
             self._last_step = plan.step_id
             self._queued += 1
         self._plans.put((plan, time.monotonic_ns()))
+
+    def post_mask(self, row: int, gen: int, position: int, bits: np.ndarray[Any, Any]) -> None:
+        """Raises InvalidRequest."""
+        raise InvalidRequest(NO_MASKS, "device")
 
     def drain(self) -> list[tuple[str, int, Any]]:
         """("result", step_id, result) since the last call; clears the eventfd. Never blocks."""
