@@ -18,6 +18,7 @@ from gpu_checks.device import Device
 from gpu_checks.elementwise import check_rms_norm, check_rope_kv_write
 from gpu_checks.matmul import check_small_gemm
 from gpu_checks.moe import check_moe_align, check_moe_combine, check_moe_gemm_small, check_moe_route
+from gpu_checks.moe_prefill import check_moe_gather, check_moe_gemm
 from gpu_checks.sampling import check_sample
 
 # Each returns its number of cases; AssertionError where one fails.
@@ -32,6 +33,8 @@ CHECKS: Final[dict[str, Callable[[Device], int]]] = {
     "moe_route": check_moe_route,
     "moe_align": check_moe_align,
     "moe_gemm_small": check_moe_gemm_small,
+    "moe_gather": check_moe_gather,
+    "moe_gemm": check_moe_gemm,
     "moe_combine": check_moe_combine,
     "sample": check_sample,
     "row_ops": check_row_ops,

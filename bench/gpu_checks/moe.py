@@ -330,14 +330,17 @@ def check_moe_gemm_small(d: Device) -> int:
 
 # --- The sum of a token's experts ---------------------------------------------------------------------------------
 def combine_params(z: torch.Tensor, weights: torch.Tensor | None, ids: torch.Tensor | None,
-                   shared: torch.Tensor | None, y: torch.Tensor, num_experts: int) -> MoeCombineParams:  # fmt: skip
+                   shared: torch.Tensor | None, y: torch.Tensor, num_experts: int,
+                   places: torch.Tensor | None = None, top_k: int | None = None) -> MoeCombineParams:  # fmt: skip
+    """top_k: where z has not one row for each pair."""
     return MoeCombineParams(
         z_dtype=dtype_of(z), z=z.data_ptr(), z_stride=z.stride(0), y_dtype=dtype_of(y), y=y.data_ptr(),
         y_stride=y.stride(0), weights=None if weights is None else weights.data_ptr(),
         ids=None if ids is None else ids.data_ptr(), shared=None if shared is None else shared.data_ptr(),
         shared_stride=0 if shared is None else shared.stride(0),
         shared_dtype=BF16 if shared is None else dtype_of(shared),
-        num_tokens=y.shape[0], top_k=z.shape[0] // max(y.shape[0], 1), hidden=y.shape[1], num_experts=num_experts,
+        num_tokens=y.shape[0], top_k=top_k or z.shape[0] // max(y.shape[0], 1), hidden=y.shape[1],
+        num_experts=num_experts, places=None if places is None else places.data_ptr(),
     )  # fmt: skip
 
 
@@ -408,6 +411,15 @@ def check_moe_combine(d: Device) -> int:
                 )
                 d.call("moe_combine", combine_params(one_z, one_weights, one_ids, one_shared, alone, 64))
                 assert torch.equal(alone[0], y[-1]), "a token's bits depend on the other tokens or on alignment"
+                # The same rows in another order, among rows that nobody has; no place where no expert is.
+                order = d.randn(2 * tokens * top_k).argsort()[: tokens * top_k].int()
+                scattered = torch.full((2 * tokens * top_k, hidden + 4), float("nan"), device=d.name, dtype=z_type)
+                scattered[order.long(), :hidden] = z
+                places = order.view(tokens, top_k).masked_fill(~kept, 2**31 - 1).contiguous()
+                again = d.poison(tokens, hidden, dtype=y_type)
+                d.call("moe_combine", combine_params(scattered[:, :hidden], weights, ids, shared, again, 64, places,
+                                                     top_k))  # fmt: skip
+                assert torch.equal(again, y), "with places it is another result"
                 if shared is not None and shared_type == y_type:
                     d.call("moe_combine", combine_params(z, weights, ids, shared, shared, 64))
                     assert torch.equal(shared, y), "in place it is another result"

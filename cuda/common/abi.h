@@ -21,7 +21,7 @@
 #endif
 
 /* Raised when a Params struct or the meaning of a field changes. */
-#define SAPWOOD_CUDA_ABI_VERSION 1
+#define SAPWOOD_CUDA_ABI_VERSION 2
 
 enum { SAPWOOD_CUDA_OK = 0, SAPWOOD_CUDA_BAD_ARGUMENT = -1 };
 

@@ -1,7 +1,7 @@
 // The sum of a token's expert outputs. A block covers 1024 columns of one token, a thread four neighbouring ones, which
-// it sums over ascending slots in fp32. At decode the latency of loads is all there is: ids and weights of all slots
-// are fetched at once into shared memory, and rows of kAhead slots before the first of them is added. A slot that does
-// not count is a weight of 0 and a row of zeros, which adds nothing.
+// it sums over ascending slots in fp32. At decode the latency of loads is all there is: ids, weights and places of all
+// slots are fetched at once into shared memory, and rows of kAhead slots before the first of them is added. A slot that
+// does not count is a weight of 0 and a row of zeros, which adds nothing.
 #include <cstdint>
 
 #include "common/check.cuh"
@@ -22,14 +22,14 @@ static_assert(kMaxTopK % kAhead == 0);
 template <typename Z, bool kVector>
 __global__ void __launch_bounds__(kThreads, kBlocks) MoeCombineKernel(const SapwoodMoeCombineParams p) {
   __shared__ float weights[kMaxTopK];
-  __shared__ bool added[kMaxTopK];
+  __shared__ int64_t rows[kMaxTopK];  // of z; -1 where the slot does not count
   const int64_t token = blockIdx.x;
   if (threadIdx.x < kMaxTopK) {
     const int slot = static_cast<int>(threadIdx.x);
     const int64_t pair = token * p.top_k + slot;
     const bool here = slot < p.top_k && (p.ids == nullptr || static_cast<unsigned>(p.ids[pair]) <
                                                                  static_cast<unsigned>(p.num_experts));
-    added[slot] = here;
+    rows[slot] = !here ? -1 : p.places != nullptr ? p.places[pair] : pair;
     weights[slot] = !here ? 0.0f : p.weights != nullptr ? p.weights[pair] : 1.0f;
   }
   __syncthreads();
@@ -37,13 +37,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) MoeCombineKernel(const Sapw
   const int count = p.hidden - column;
   if (count <= 0) return;
 
-  const Z* z = static_cast<const Z*>(p.z) + token * p.top_k * p.z_stride + column;
+  const Z* z = static_cast<const Z*>(p.z) + column;
   float sum[4] = {};
   for (int first = 0; first < p.top_k; first += kAhead) {
     float v[kAhead][4] = {};
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      if (added[first + j]) Load4<kVector>(z + (first + j) * p.z_stride, count, v[j]);
+      if (rows[first + j] >= 0) Load4<kVector>(z + rows[first + j] * p.z_stride, count, v[j]);
     }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {

@@ -10,6 +10,8 @@ from sapwood.program.cuda_library import (
     CudaLibrary,
     MoeAlignParams,
     MoeCombineParams,
+    MoeGatherParams,
+    MoeGemmParams,
     MoeGemmSmallParams,
     MoeRouteParams,
     Params,
@@ -36,6 +38,19 @@ def gemm_small(**changes: Any) -> MoeGemmSmallParams:
     return MoeGemmSmallParams(**{**fields, **changes})
 
 
+def gather(**changes: Any) -> MoeGatherParams:
+    fields: dict[str, Any] = dict.fromkeys(("x", "sorted_pairs", "num_padded", "y", "places"), 64)
+    fields |= dict(x_stride=16, y_stride=16, num_pairs=12, pairs_per_row=2, capacity=80, width=16)
+    return MoeGatherParams(**{**fields, **changes})
+
+
+def gemm(**changes: Any) -> MoeGemmParams:
+    fields: dict[str, Any] = dict.fromkeys(("x", "weight", "expert_offsets", "block_expert", "y"), 64)
+    fields |= dict(num_experts=4, x_stride=16, weight_stride=16, expert_stride=384, y_stride=24, capacity=128)
+    fields |= dict(n=24, k=16, portable=1)
+    return MoeGemmParams(**{**fields, **changes})
+
+
 def combine(**changes: Any) -> MoeCombineParams:
     fields: dict[str, Any] = dict.fromkeys(("z", "weights", "ids", "shared", "y"), 64)
     fields |= dict(z_dtype=1, shared_dtype=1, y_dtype=1, z_stride=8, shared_stride=8, y_stride=8)
@@ -43,7 +58,10 @@ def combine(**changes: Any) -> MoeCombineParams:
     return MoeCombineParams(**{**fields, **changes})
 
 
-CALLS = {"moe_route": route, "moe_align": align, "moe_gemm_small": gemm_small, "moe_combine": combine}
+CALLS = {
+    "moe_route": route, "moe_align": align, "moe_gemm_small": gemm_small, "moe_gather": gather, "moe_gemm": gemm,
+    "moe_combine": combine,
+}  # fmt: skip
 
 
 def refusal(library: CudaLibrary, op: str, params: Params) -> str:
@@ -113,6 +131,36 @@ def test_another_struct_size_is_refused(emulated: CudaLibrary, op: str) -> None:
         ("moe_gemm_small", {"reserved": 1}, "reserved must be 0, got 1"),
         ("moe_gemm_small", {"num_padded": None}, "must not be null"),
         ("moe_gemm_small", {"weight": 72}, "x and weight must be aligned to 16 bytes"),
+        ("moe_gather", {"num_pairs": -1}, "num_pairs must not be negative, got -1"),
+        ("moe_gather", {"pairs_per_row": 0}, "pairs_per_row must be positive, got 0"),
+        ("moe_gather", {"width": 0}, "width must be a positive multiple of 8, got 0"),
+        ("moe_gather", {"width": 12}, "width must be a positive multiple of 8, got 12"),
+        ("moe_gather", {"x_stride": 8}, "x_stride must be a multiple of 8 and at least width = 16, got 8"),
+        ("moe_gather", {"x_stride": 20}, "x_stride must be a multiple of 8 and at least width = 16, got 20"),
+        ("moe_gather", {"y_stride": 8}, "y_stride must be a multiple of 8 and at least width = 16, got 8"),
+        ("moe_gather", {"y_stride": 20}, "y_stride must be a multiple of 8 and at least width = 16, got 20"),
+        ("moe_gather", {"capacity": 11}, "capacity must be at least num_pairs = 12, got 11"),
+        ("moe_gather", {"reserved": 1}, "reserved must be 0, got 1"),
+        ("moe_gather", {"num_padded": None}, "x, sorted_pairs, num_padded and y must not be null"),
+        ("moe_gather", {"y": 72}, "x and y must be aligned to 16 bytes"),
+        ("moe_gemm", {"num_experts": 0}, "num_experts must be in 1..1024, got 0"),
+        ("moe_gemm", {"num_experts": 1025}, "num_experts must be in 1..1024, got 1025"),
+        ("moe_gemm", {"n": 0}, "n must be a positive multiple of 8"),
+        ("moe_gemm", {"n": 20}, "n must be a positive multiple of 8"),
+        ("moe_gemm", {"k": 0}, "k must be a positive multiple of 8"),
+        ("moe_gemm", {"k": 12}, "k must be a positive multiple of 8"),
+        ("moe_gemm", {"x_stride": 8}, "x_stride must be a multiple of 8 and at least k = 16, got 8"),
+        ("moe_gemm", {"x_stride": 20}, "x_stride must be a multiple of 8 and at least k = 16, got 20"),
+        ("moe_gemm", {"weight_stride": 20}, "weight_stride must be a multiple of 8 and at least k = 16, got 20"),
+        ("moe_gemm", {"expert_stride": 376}, "at least n * weight_stride = 384, got 376"),
+        ("moe_gemm", {"expert_stride": 388}, "expert_stride must be a multiple of 8"),
+        ("moe_gemm", {"y_stride": 16}, "y_stride must be a multiple of 8 and at least n = 24, got 16"),
+        ("moe_gemm", {"y_stride": 28}, "y_stride must be a multiple of 8 and at least n = 24, got 28"),
+        ("moe_gemm", {"capacity": 96}, "capacity must be a multiple of 64 and at most 4194240, got 96"),
+        ("moe_gemm", {"capacity": 1 << 22}, "at most 4194240, got 4194304"),
+        ("moe_gemm", {"portable": 2}, "portable must be 0 or 1, got 2"),
+        ("moe_gemm", {"block_expert": None}, "block_expert and y must not be null"),
+        ("moe_gemm", {"y": 72}, "x, weight and y must be aligned to 16 bytes"),
         ("moe_combine", {"z_dtype": 2}, "z_dtype must be f32 (0) or bf16 (1), got 2"),
         ("moe_combine", {"y_dtype": 2}, "y_dtype must be f32 (0) or bf16 (1), got 2"),
         ("moe_combine", {"shared_dtype": 2}, "shared_dtype must be f32 (0) or bf16 (1), got 2"),
@@ -135,4 +183,10 @@ def test_the_wrong_argument_is_named(emulated: CudaLibrary, op: str, changes: di
 def test_nothing_to_do_launches_nothing(emulated: CudaLibrary) -> None:
     assert emulated.status("moe_route", route(num_tokens=0)) == 0
     assert emulated.status("moe_gemm_small", gemm_small(num_pairs=0)) == 0
+    assert emulated.status("moe_gather", gather(num_pairs=0)) == 0
+    assert emulated.status("moe_gemm", gemm(capacity=0)) == 0
     assert emulated.status("moe_combine", combine(num_tokens=0)) == 0
+
+
+def test_the_portable_tier_needs_no_workspace(emulated: CudaLibrary) -> None:
+    assert emulated.moe_gemm_workspace_bytes(128) == 0

@@ -12,13 +12,15 @@ from typing import Any, Final
 
 from sapwood.errors import SapwoodError
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 F32: Final = 0
 BF16: Final = 1
 MOE_SOFTMAX: Final = 0
 MOE_SIGMOID: Final = 1
 MOE_GROUP_TOP2: Final = 0
 MOE_GROUP_MAX: Final = 1
+MOE_SMALL_BLOCK: Final = 16  # of moe_align: what moe_gemm_small wants
+MOE_GEMM_BLOCK: Final = 64  # and moe_gemm
 
 _I32: Final = ctypes.c_int32
 _I64: Final = ctypes.c_int64
@@ -228,6 +230,46 @@ class MoeGemmSmallParams(Params):
     )
 
 
+class MoeGatherParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("num_pairs", _I32),
+        ("x", _PTR),
+        ("x_stride", _I64),
+        ("sorted_pairs", _PTR),
+        ("num_padded", _PTR),
+        ("y", _PTR),
+        ("y_stride", _I64),
+        ("places", _PTR),
+        ("pairs_per_row", _I32),
+        ("capacity", _I32),
+        ("width", _I32),
+        ("reserved", _I32),
+    )
+
+
+class MoeGemmParams(Params):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("num_experts", _I32),
+        ("x", _PTR),
+        ("x_stride", _I64),
+        ("weight", _PTR),
+        ("expert_stride", _I64),
+        ("weight_stride", _I64),
+        ("expert_offsets", _PTR),
+        ("block_expert", _PTR),
+        ("y", _PTR),
+        ("y_stride", _I64),
+        ("workspace", _PTR),
+        ("workspace_bytes", _I64),
+        ("capacity", _I32),
+        ("n", _I32),
+        ("k", _I32),
+        ("portable", _I32),
+    )
+
+
 class MoeCombineParams(Params):
     _fields_ = (
         ("struct_size", ctypes.c_uint32),
@@ -246,6 +288,7 @@ class MoeCombineParams(Params):
         ("top_k", _I32),
         ("hidden", _I32),
         ("num_experts", _I32),
+        ("places", _PTR),
     )
 
 
@@ -365,6 +408,8 @@ OPS: Final[dict[str, type[Params]]] = {
     "moe_route": MoeRouteParams,
     "moe_align": MoeAlignParams,
     "moe_gemm_small": MoeGemmSmallParams,
+    "moe_gather": MoeGatherParams,
+    "moe_gemm": MoeGemmParams,
     "moe_combine": MoeCombineParams,
     "sample": SampleParams,
     "notify": NotifyParams,
@@ -397,12 +442,19 @@ class CudaLibrary:
             launcher.argtypes = [ctypes.POINTER(params), ctypes.c_void_p]
             launcher.restype = ctypes.c_int
             self._launchers[op] = launcher
+        self._library.sapwood_cuda_moe_gemm_workspace_bytes.argtypes = [_I32]
+        self._library.sapwood_cuda_moe_gemm_workspace_bytes.restype = _I64
 
     def status(self, op: str, params: Params | None, stream: int | None = None) -> int:
         """Launch; returns 0, -1 for a wrong argument, or a cudaError_t."""
         pointer = None if params is None else ctypes.byref(params)
         status: int = self._launchers[op](pointer, stream)
         return status
+
+    def moe_gemm_workspace_bytes(self, num_experts: int) -> int:
+        """What moe_gemm needs on the current device; 0 says that it runs the portable tier there."""
+        num_bytes: int = self._library.sapwood_cuda_moe_gemm_workspace_bytes(num_experts)
+        return num_bytes
 
     def last_error(self) -> str:
         """The text of this thread's last failed call."""
