@@ -64,7 +64,7 @@ lint: $(DEPS)  ## ruff and mypy
 	$(BIN)/mypy
 
 clean:  ## remove what building made; .venv stays
-	rm -rf $(BUILD) build build-pip build-asan build-tsan build-release build-cuda dist
+	rm -rf $(BUILD) build build-pip build-asan build-tsan build-release build-cuda build-cutlass dist
 	rm -rf python/*.egg-info python/sapwood/_core*.so python/sapwood/libsapwood_cuda.so $(DEPS) $(READY)
 
 gtest:

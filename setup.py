@@ -3,6 +3,7 @@
 Environment:
     SAPWOOD_BUILD_CUDA   auto (default: when nvcc and an NVIDIA driver are here) | on | off
     SAPWOOD_CUDA_ARCHS   architectures of libsapwood_cuda.so, as in CMAKE_CUDA_ARCHITECTURES
+    SAPWOOD_CUTLASS      where CUTLASS's headers come from: AUTO (default), OFF, or a folder (cuda/cutlass.cmake)
     SAPWOOD_CPU_LEVELS   all (default) | native: of the CPU kernels the portable and this machine's best only,
                          which compiles faster (`make serve`)
     SAPWOOD_BUILD_JOBS   parallel compilations (default: the CPUs this process may use)

@@ -50,7 +50,7 @@ REHEARSAL_SCALE: Final = 64
 # Each kind of kernel once, and quick under a sanitizer.
 SANITIZED_OPS: Final = (
     "rms_norm", "rope_kv_write", "silu_mul", "small_gemm", "attention", "attention_merge", "moe_align",
-    "moe_gemm_small", "moe_combine",
+    "moe_gemm_small", "moe_gather", "moe_gemm", "moe_combine",
 )  # fmt: skip
 SANITIZERS: Final = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_FOUND: Final = 99  # the exit status that compute-sanitizer is asked for
@@ -144,6 +144,9 @@ def build_stage(args: argparse.Namespace, archs: str) -> tuple[list[Row], bool]:
             print(f"build: FAIL, {error.cmd[0]} exits with {error.returncode}")
             return [], False
         print(f"build: {library} for {archs}, {time.monotonic() - begin:.0f} s")
+    for line in "".join(log).splitlines():
+        if "CUTLASS" in line:  # which copy, or why a kernel is left out
+            print(f"  {line.strip()}")
     rows = kernel_resources("".join(log))
     for row in rows:
         spilled = f", SPILLS {row['spill_bytes']} bytes" if row["spill_bytes"] else ""
