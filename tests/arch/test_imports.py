@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "sapwood"
 # Where torch may be imported: the oracle runs on it, and the demo model was trained with it; serving on a CPU does not.
 TRAINING = ("sapling/muon.py", "sapling/network.py", "sapling/train.py")
-CUDA = tuple(f"program/cuda{part}.py" for part in ("", "_attention", "_executor", "_graphs", "_model", "_rows"))
+CUDA = tuple(f"program/cuda{part}.py" for part in ("", "_attention", "_executor", "_graphs", "_model", "_moe", "_rows"))
 FRAMEWORKS = {"torch": ("program/reference.py", *CUDA, *TRAINING), "transformers": ()}
 # Who may hold the native core: those that hand it work. Policy, text and descriptions of models never do.
 CORE_USERS = (
