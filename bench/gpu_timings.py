@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
 import statistics
 import time
@@ -25,11 +26,14 @@ from gpu_checks.activation import silu_mul_params
 from gpu_checks.device import Device
 from gpu_checks.elementwise import rms_norm_params, rope_case
 from gpu_checks.matmul import small_gemm_params
-from gpu_checks.moe import align_capacity, combine_params, dtype_of
+from gpu_checks.moe import align_capacity, dtype_of
+from gpu_checks.moe_prefill import gather_params, gemm_params, workspace_of
 from torch.nn import functional
 
 from sapwood.program.cuda_library import (
     F32,
+    MOE_GEMM_BLOCK,
+    MOE_SMALL_BLOCK,
     MOE_SOFTMAX,
     AttentionParams,
     AttentionPlanParams,
@@ -38,6 +42,7 @@ from sapwood.program.cuda_library import (
     MoeRouteParams,
     SampleParams,
 )
+from sapwood.program.cuda_moe import MoeConfig, MoeLayer, MoeWeights, MoeWorkspace
 
 ROTATE_BYTES: Final = 256 << 20  # that the sets of a case move together: four times the L2 of an H200
 MOST_BYTES: Final = 20 * 10**9  # that they take
@@ -427,10 +432,11 @@ def small_gemm(name: str, rows: int, n: int, k: int, target_us: float | None = N
 class Experts:
     """One layer's routing: set i of T tokens takes the experts that follow those of set i - 1, each equally often."""
 
-    def __init__(self, d: Device, sets: int, tokens: int, experts: int, top_k: int) -> None:
-        self.d, self.tokens, self.experts, self.top_k = d, tokens, experts, top_k
+    def __init__(self, d: Device, sets: int, tokens: int, experts: int, top_k: int,
+                 block: int = MOE_SMALL_BLOCK) -> None:  # fmt: skip
+        self.d, self.tokens, self.experts, self.top_k, self.block = d, tokens, experts, top_k, block
         self.pairs = tokens * top_k
-        self.capacity = align_capacity(self.pairs, experts, 16)
+        self.capacity = align_capacity(self.pairs, experts, block)
         first = torch.arange(sets, device=d.name)[:, None] * self.pairs
         chosen = (first + torch.arange(self.pairs, device=d.name)) % experts
         self.ids = list(chosen.int().view(sets, tokens, top_k))
@@ -442,8 +448,8 @@ class Experts:
         self.routed = empty(d, tokens, top_k, dtype=torch.int32)
         # What moe_align writes, for each set.
         self.sorted = [empty(d, self.capacity, dtype=torch.int32) for _ in range(sets)]
-        self.owners = [empty(d, self.capacity // 16, dtype=torch.int32) for _ in range(sets)]
-        self.offsets = empty(d, experts + 1, dtype=torch.int32)
+        self.owners = [empty(d, self.capacity // block, dtype=torch.int32) for _ in range(sets)]
+        self.offsets = [empty(d, experts + 1, dtype=torch.int32) for _ in range(sets)]
         self.padded = [empty(d, 1, dtype=torch.int32) for _ in range(sets)]
 
     def route(self, i: int) -> torch.Tensor:
@@ -462,9 +468,14 @@ class Experts:
     def align(self, i: int, ids: torch.Tensor) -> None:
         self.d.call("moe_align", MoeAlignParams(
             num_pairs=self.pairs, ids=ids.data_ptr(), sorted_pairs=self.sorted[i].data_ptr(),
-            block_expert=self.owners[i].data_ptr(), expert_offsets=self.offsets.data_ptr(),
-            num_padded=self.padded[i].data_ptr(), num_experts=self.experts, block=16, capacity=self.capacity,
+            block_expert=self.owners[i].data_ptr(), expert_offsets=self.offsets[i].data_ptr(),
+            num_padded=self.padded[i].data_ptr(), num_experts=self.experts, block=self.block, capacity=self.capacity,
         ))  # fmt: skip
+
+    def aligned(self, i: int) -> dict[str, torch.Tensor]:
+        """What moe_align has written for set i."""
+        return {"sorted_pairs": self.sorted[i], "block_expert": self.owners[i], "expert_offsets": self.offsets[i],
+                "num_padded": self.padded[i]}  # fmt: skip
 
     def multiply(self, i: int, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
         self.d.call("moe_gemm_small", MoeGemmSmallParams(
@@ -476,11 +487,13 @@ class Experts:
         ))  # fmt: skip
 
     def product(self, i: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[pairs][n] by torch, token by token."""
-        per_row, ids = self.pairs // x.shape[0], self.ids[i].flatten().long()
-        return torch.cat([
-            (weight[ids[r * per_row : (r + 1) * per_row]].float() @ row.float()) for r, row in enumerate(x)
-        ])  # fmt: skip
+        """[pairs][n] by torch, expert by expert."""
+        per_row, ids = self.pairs // x.shape[0], self.ids[i].flatten()
+        y = empty(self.d, self.pairs, weight.shape[1], dtype=torch.float32)
+        for expert in ids.unique().tolist():
+            pairs = (ids == expert).nonzero().flatten()
+            y[pairs] = x[pairs // per_row].float() @ weight[expert].float().T
+        return y
 
     def grouped(self, x: Sequence[torch.Tensor], weight: torch.Tensor) -> Launch:
         """torch's grouped product over pairs that are sorted already."""
@@ -543,29 +556,87 @@ def moe_gemm(name: str, tokens: int, experts: int, top_k: int, n: int, k: int, *
     return Case(name, ("moe_align", "moe_gemm_small"), num_bytes, 2 * pairs * n * k, make)
 
 
+def moe_gather(name: str, tokens: int, experts: int, top_k: int, width: int) -> Case:
+    pairs = tokens * top_k
+
+    def make(d: Device, sets: int) -> Work:
+        case = Experts(d, sets, tokens, experts, top_k, MOE_GEMM_BLOCK)
+        x = [randn16(d, tokens, width) for _ in range(sets)]
+        y = [empty(d, case.capacity, width) for _ in range(sets)]
+        places = empty(d, pairs, dtype=torch.int32)
+        for i in range(sets):
+            case.align(i, case.ids[i])
+        num_padded = int(case.padded[0])
+        rows = case.sorted[0][:num_padded].long()
+
+        def launch(i: int) -> torch.Tensor:
+            d.call("moe_gather", gather_params(x[i], case.aligned(i), y[i], places, pairs))
+            return y[i][:num_padded]
+
+        def reference() -> torch.Tensor:
+            there = rows < pairs
+            return x[0][rows.where(there, 0) // top_k] * there[:, None]
+
+        return Work(launch, {}, reference)
+
+    return Case(name, ("moe_align", "moe_gather"), 2 * (tokens + pairs) * width, 0, make)
+
+
+def moe_gemm_many(name: str, tokens: int, experts: int, top_k: int, n: int, k: int, *, portable: bool = False) -> Case:
+    """Rows in the order of experts; each expert has as many as any other, and no more than the gather would bring."""
+    pairs = tokens * top_k
+    num_bytes = 2 * (min(pairs, experts) * n * k + pairs * (k + n))
+
+    def make(d: Device, sets: int) -> Work:
+        case = Experts(d, sets, tokens, experts, top_k, MOE_GEMM_BLOCK)
+        x = [randn16(d, case.capacity, k) for _ in range(sets)]
+        weight = randn16(d, experts, n, k)
+        y = [empty(d, case.capacity, n) for _ in range(sets)]
+        workspace = None if portable else workspace_of(d, experts)
+        for i in range(sets):
+            case.align(i, case.ids[i])
+        num_padded = int(case.padded[0])
+
+        def launch(i: int) -> torch.Tensor:
+            d.call("moe_gemm", gemm_params(x[i], weight, case.aligned(i), y[i], workspace))
+            return y[i][:num_padded]
+
+        def grouped(i: int) -> torch.Tensor:
+            multiply = getattr(functional, "grouped_mm", None) or torch._grouped_mm
+            product: torch.Tensor = multiply(x[i][:num_padded], weight.transpose(1, 2), offs=case.offsets[i][1:])
+            return product
+
+        def reference() -> torch.Tensor:
+            ends = case.offsets[0].tolist()
+            return torch.cat([
+                x[0][begin:end].float() @ weight[expert].float().T
+                for expert, (begin, end) in enumerate(itertools.pairwise(ends))
+            ])  # fmt: skip
+
+        return Work(launch, {"grouped_mm": grouped}, reference)
+
+    return Case(name, ("moe_align", "moe_gemm"), num_bytes, 2 * pairs * n * k, make)
+
+
 def moe_layer(name: str, tokens: int, experts: int, top_k: int, hidden: int, inner: int, target_us: float | None,
               ) -> Case:  # fmt: skip
-    """All of a layer: route, align, gate-up, SiLU-mul, down, combine."""
+    """All of a layer but the router's product, as program/cuda_moe.py runs it."""
     pairs = tokens * top_k
     num_weights = min(pairs, experts) * 3 * hidden * inner
+    config = MoeConfig(experts, top_k, hidden, inner)
 
     def make(d: Device, sets: int) -> Work:
         case = Experts(d, sets, tokens, experts, top_k)
         x = [randn16(d, tokens, hidden) for _ in range(sets)]
         gate_up = randn16(d, experts, 2 * inner, hidden) / hidden**0.5
         down = randn16(d, experts, hidden, inner) / inner**0.5
-        wide, half = empty(d, pairs, 2 * inner), empty(d, pairs, inner)
-        back = empty(d, pairs, hidden)
+        router = empty(d, experts, hidden)
+        workspace = MoeWorkspace(config, tokens, d.library, x[0].device)
+        layer = MoeLayer(config, MoeWeights(router, gate_up, down), workspace, d.library)
         y = empty(d, tokens, hidden)
 
         def launch(i: int) -> torch.Tensor:
-            case.route(i)
-            case.align(i, case.routed)
-            case.multiply(i, x[i], gate_up, wide)
-            d.call("silu_mul", silu_mul_params(wide, half))
-            case.multiply(i, half, down, back)
-            d.call("moe_combine", combine_params(back, case.weights, case.routed, None, y, experts))
-            return y
+            return layer.run_experts(x[i], case.logits[i], y)
 
         def reference() -> torch.Tensor:
             inside = case.product(0, x[0], gate_up)
@@ -576,7 +647,8 @@ def moe_layer(name: str, tokens: int, experts: int, top_k: int, hidden: int, inn
 
         return Work(launch, {}, reference)
 
-    ops = ("moe_route", "moe_align", "moe_gemm_small", "silu_mul", "moe_combine")
+    products = ("moe_gemm_small",) if config.is_small(tokens) else ("moe_gather", "moe_gemm")
+    ops = ("moe_route", "moe_align", *products, "silu_mul", "moe_combine")
     return Case(name, ops, 2 * num_weights, 2 * pairs * 3 * hidden * inner, make, target_us)
 
 
@@ -673,6 +745,23 @@ def cases(num_processors: int = 132, scale: int = 1) -> list[Case]:
             moe_gemm(f"moe_gate_up T{tokens}", t, experts, 8, 2 * inner, hidden, down=False),
             moe_gemm(f"moe_down T{tokens}", t, experts, 8, hidden, inner, down=True),
             moe_layer(f"moe_layer T{tokens}", t, experts, 8, hidden, inner, target),
+        ]
+    t = s(16384)
+    found += [
+        moe_route("moe_route T16384", t, experts, 8),
+        moe_align("moe_align T16384", t, experts, 8),
+        moe_gather("moe_gather T16384", t, experts, 8, hidden),
+        moe_gemm_many("moe_gate_up T16384", t, experts, 8, 2 * inner, hidden),
+        moe_gemm_many("moe_gate_up T16384 portable", t, experts, 8, 2 * inner, hidden, portable=True),
+        moe_gemm_many("moe_down T16384", t, experts, 8, hidden, inner),
+        moe_layer("moe_layer T16384", t, experts, 8, hidden, inner, 2400),
+    ]
+    # Which of the two products should take 16 and 32 rows an expert: SMALL_PAIRS of program/cuda_moe.py.
+    for tokens in (256, 512):
+        t = s(tokens)
+        found += [
+            moe_gemm(f"moe_gate_up T{tokens}", t, experts, 8, 2 * inner, hidden, down=False),
+            moe_gemm_many(f"moe_gate_up T{tokens} many", t, experts, 8, 2 * inner, hidden),
         ]
     for chunk in (256, 1024, 2048):
         found.append(decode(f"tune bs64 ctx4096 chunk{chunk}", 64, 4096, chunk_len=chunk, bare=True))

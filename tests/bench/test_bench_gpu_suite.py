@@ -76,7 +76,7 @@ def test_bytes_are_those_of_the_roofline_table() -> None:
         ("moe_layer T64", 1.2e9), ("sample bs256 top_p", 155e6),
     ):  # fmt: skip
         assert full[name].num_bytes == pytest.approx(num_bytes, rel=0.02)
-    for name, flops in (("prefill 4x4096", 0.55e12), ("extend 8x512 on 16k", 1.12e12)):
+    for name, flops in (("prefill 4x4096", 0.55e12), ("extend 8x512 on 16k", 1.12e12), ("moe_layer T16384", 1.24e12)):
         assert full[name].flops == pytest.approx(flops, rel=0.02)
 
 
@@ -214,7 +214,7 @@ def test_rehearsal_end_to_end(emulated_tree: Path, tmp_path: Path) -> None:
     assert [row["op"] for row in check["rows"]] == ["moe_combine"] and check["rows"][0]["cases"] > 40
     ceilings, *rows = timing["rows"]
     assert set(ceilings["ceilings"]) == {"copy", "read", "matmul"}
-    assert [row["name"] for row in rows] == ["silu_mul 64x14336", "moe_layer T1", "moe_layer T64"]
+    assert [row["name"] for row in rows] == ["silu_mul 64x14336", "moe_layer T1", "moe_layer T64", "moe_layer T16384"]
     assert all(row["us"] > 0 and not row["captured"] for row in rows)
     table = (tmp_path / "out" / "table.md").read_text()
     for said in (table, done.stdout):
