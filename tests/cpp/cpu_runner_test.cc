@@ -864,6 +864,47 @@ TEST_F(CpuRunnerTest, StopIdsAreBannedBelowMinLen) {
   EXPECT_NE(first_token({top}, 6), top) << "below min_len: banned";
 }
 
+// It has no forward: what a step begins with is then the head's business. Here the row is no longer to obey a mask.
+TEST_F(CpuRunnerTest, AStepOfResumesAloneBeginsAnew) {
+  CpuRunnerConfig config = Config();
+  config.debug = true;
+  CpuRunner runner(model_.MakeProgram(), model_.MakeStore(), config);
+  RowTable rows(model_.groups(), 2);
+  const auto step = [&](const StepPlan& plan) {
+    rows.ApplyRowOps(plan);
+    StepBatch batch;
+    rows.Prepare(plan, &batch);
+    std::vector<SampledToken> out(batch.logit_src.size());
+    if (batch.num_tokens > 0) runner.Forward(batch, rows);
+    runner.Head(batch, rows, out);
+    return out.at(0);
+  };
+  const std::vector<int32_t> prompt = Tokens(5, model_.shape().vocab, 9);
+  const auto extend = [&](int32_t row) {
+    StepPlan plan;
+    plan.inits = {RowInit{.row = row, .gen = 1, .max_len = 100, .temperature = 0}};
+    plan.ints = {row};
+    plan.row_ops = {{.kind = RowOpKind::kInit, .row = row, .gen = 1},
+                    {.kind = RowOpKind::kAppendPages, .row = row, .gen = 1, .begin = 0, .count = 1}};
+    plan.tokens = prompt;
+    plan.items = {{row, 1, ItemKind::kExtend, 5, 4, 0, 0}};
+    plan.mask_rows = {row};
+    return plan;
+  };
+  const SampledToken held = step(extend(0));
+  ASSERT_TRUE(held.held);
+  rows.CommitSample(0, held);
+  runner.StopAfter("embed");
+  step(extend(1));
+  runner.StopAfter("");
+  StepPlan resume;
+  resume.items = {{0, 1, ItemKind::kResume, 0, 0, 0, -1}};
+  const Vec logits = model_.Reference(prompt, 0).back();
+  EXPECT_EQ(step(resume).token, std::max_element(logits.begin(), logits.end()) - logits.begin());
+  EXPECT_TRUE(runner.Dump("embed").empty()) << "no tokens";
+  EXPECT_FALSE(runner.Dump("gather").empty());
+}
+
 TEST_F(CpuRunnerTest, MalformedProgramsAreRefusedByName) {
   const auto store_of = [&] { return model_.MakeStore(); };
   const auto find = [](Program& p, const std::string& name) -> NodeDesc& {
