@@ -116,8 +116,7 @@ class CudaDevice:
 
     def start(self, num_pages: Sequence[int]) -> CudaExecutor:
         """Take the pool, capture the graphs, start the executor."""
-        self.model.set_pool(num_pages)
-        self._rows.set_dummy_pages(num_pages)
+        self._take_pool(num_pages)
         self._launcher.capture()
         if self._stream is not None:
             pool_bytes = sum(n * group.page_bytes for n, group in zip(num_pages, self.groups, strict=True))
@@ -177,9 +176,7 @@ class CudaDevice:
         reckoned to need as much, for what a graph itself takes: their memory they share.
         """
         assert self._stream is not None
-        one = [1] * len(self.groups)
-        self.model.set_pool(one)
-        self._rows.set_dummy_pages(one)
+        self._take_pool([1] * len(self.groups))
         with torch.cuda.stream(self._stream):
             self._launcher.warm_up(self._max_tokens)
         torch.cuda.synchronize(self._device)
@@ -192,6 +189,12 @@ class CudaDevice:
         sample.clear()
         torch.cuda.empty_cache()
         return max(0, torch.cuda.mem_get_info(self._device)[0] - graph_bytes)
+
+    def _take_pool(self, num_pages: Sequence[int]) -> None:
+        self.model.set_pool(num_pages)
+        self._rows.set_dummy_pages(num_pages)
+        if self._stream is not None:
+            torch.cuda.synchronize(self._device)  # what fills memory is on another stream
 
     def _used_bytes(self) -> int:
         return 0 if self._stream is None else torch.cuda.memory_allocated(self._device)
