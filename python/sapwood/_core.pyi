@@ -329,6 +329,19 @@ class CpuRunner(Runner):
     def node_times(self) -> list[tuple[str, int, int]]: ...  # name, calls, ns
 
 # --- sampling (tests)
+class Adjustments:
+    def __init__(
+        self,
+        *,
+        banned: Sequence[int] = (),
+        mask: Sequence[int] | np.ndarray = (),
+        occurred: Sequence[tuple[int, int, bool]] = (),
+        repetition: float = 1.0,
+        frequency: float = 0.0,
+        presence: float = 0.0,
+        logit_bias: Sequence[tuple[int, float]] = (),
+    ) -> None: ...
+
 def sample_row(
     logits: np.ndarray,
     *,
@@ -339,7 +352,8 @@ def sample_row(
     seed: int,
     stream: int,
     position: int,
-    banned: Sequence[int] = (),
+    adjustments: Adjustments = ...,
 ) -> tuple[int, float, bool]: ...
+def adjusted_logits(logits: np.ndarray, adjustments: Adjustments) -> np.ndarray: ...
 def keyed_bits(seed: int, stream: int, position: int, token: int) -> int: ...
 def keyed_gumbel(bits: int) -> float: ...

@@ -1,5 +1,5 @@
-// The sampler against naive oracles: support sets by a full sort, tokens by evaluating every noise, and the drawn
-// distribution by chi-square tests with fixed seeds.
+// The sampler against naive oracles: support sets by a full sort, tokens by evaluating every noise, adjusted logits in
+// fp64 and by the rules of sampler.h token by token, and the drawn distribution by chi-square tests with fixed seeds.
 #include "sampling/sampler.h"
 
 #include <gtest/gtest.h>
@@ -13,14 +13,25 @@
 #include <set>
 #include <vector>
 
+#include "base/check.h"
+
 namespace sapwood {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kMax = std::numeric_limits<float>::max();
 
 SamplingRow Row(float temperature, int32_t top_k = 0, float top_p = 1.0f, float min_p = 0.0f) {
-  return SamplingRow{temperature, top_k, top_p, min_p, 1234, 0, 0, {}, false};
+  return SamplingRow{.temperature = temperature,
+                     .top_k = top_k,
+                     .top_p = top_p,
+                     .min_p = min_p,
+                     .seed = 1234,
+                     .stream = 0,
+                     .position = 0,
+                     .banned = {},
+                     .want_logprob = false};
 }
 
 std::vector<float> BlockMax(const std::vector<float>& logits, float slack = 0.0f) {
@@ -277,6 +288,15 @@ TEST(SamplerSupport, TopPTiesAreCutByLowestId) {
   EXPECT_EQ(SupportOf(logits, Row(1, 0, 0.5000001f)), expected);
 }
 
+TEST(SamplerSupport, TopPIsExactToOneUnitOfMassAndItsTargetIsRoundedUp) {
+  // Found with big integers and the stated polynomial in numpy (share_row of bench/gpu_checks/sampling.py): the masses
+  // of the last four, in units of 2^-42, add up to 2^42, that of the first; with the other last one to 2^42 + 1.
+  std::vector<float> logits = {0.0f, -0x1.75a1c2p-1f, -0x1.8c2944p-1f, -0x1.6f607ep+1f, -0x1.2b706ap+4f};
+  EXPECT_EQ(SupportOf(logits, Row(1, 0, 0.5f)), (std::vector<int32_t>{0})) << "half of 2^43: 2^42";
+  logits[4] = -0x1.2b704ap+4f;
+  EXPECT_EQ(SupportOf(logits, Row(1, 0, 0.5f)), (std::vector<int32_t>{0, 1})) << "half of 2^43 + 1: 2^42 + 1";
+}
+
 TEST(SamplerToken, EqualsTheNaiveArgmaxAndIgnoresBlockMax) {
   std::mt19937 rng(23);
   for (int round = 0; round < 3000; ++round) {
@@ -362,8 +382,7 @@ TEST(SamplerToken, NoiseIsKeyedBySeedStreamAndPositionAlone) {
 }
 
 // Draws `n` tokens at consecutive positions and returns chi-square per degree-of-freedom bound: the statistic and dof.
-void ExpectDistribution(const std::vector<float>& logits, SamplingRow row, int n) {
-  const Oracle oracle = Naive(logits, row);
+void ExpectDistribution(const std::vector<float>& logits, SamplingRow row, int n, const Oracle& oracle) {
   std::map<int32_t, int> count;
   for (int i = 0; i < n; ++i) {
     row.position = i;
@@ -385,6 +404,10 @@ void ExpectDistribution(const std::vector<float>& logits, SamplingRow row, int n
   const double z = (std::cbrt(chi / dof) - (1 - 2 / (9 * dof))) / std::sqrt(2 / (9 * dof));
   EXPECT_LT(z, 4.9) << "chi2 " << chi << " dof " << dof;
   EXPECT_GT(z, -4.9) << "too even: chi2 " << chi << " dof " << dof;
+}
+
+void ExpectDistribution(const std::vector<float>& logits, const SamplingRow& row, int n) {
+  ExpectDistribution(logits, row, n, Naive(logits, row));
 }
 
 TEST(SamplerDistribution, FollowsTheSoftmaxOfTheFilteredRow) {
@@ -496,6 +519,361 @@ TEST(SamplerLogprob, IsTheLogSoftmaxOfTheRawRow) {
     row.want_logprob = false;
     ASSERT_TRUE(std::isnan(Sample(logits, row).logprob));
   }
+}
+
+// --- Masks, penalties, biases ------------------------------------------------------------------------------------
+
+std::vector<float> Adjusted(const std::vector<float>& logits, const SamplingRow& row) {
+  const int32_t vocab = static_cast<int32_t>(logits.size());
+  std::vector<float> scratch(SamplerScratch(vocab), kNaN), out(vocab, kNaN);
+  AdjustedLogits(logits.data(), vocab, row, scratch.data(), out.data());
+  return out;
+}
+
+std::vector<uint32_t> MaskOf(const std::vector<bool>& allowed) {
+  std::vector<uint32_t> mask((allowed.size() + 31) / 32);
+  for (size_t i = 0; i < allowed.size(); ++i) mask[i / 32] |= (allowed[i] ? 1u : 0u) << (i % 32);
+  return mask;
+}
+
+// Whatever a row's spans look into.
+struct Adjustments {
+  std::vector<bool> allowed;  // empty: no mask
+  std::vector<uint32_t> mask;
+  std::vector<Occurrence> occurred;
+  std::vector<TokenBias> bias;
+  std::vector<int32_t> banned;
+  float repetition = 1, frequency = 0, presence = 0;
+
+  void Into(SamplingRow& row) {
+    mask = MaskOf(allowed);
+    // Bits past the vocabulary mean nothing.
+    if (allowed.size() % 32 != 0) mask.back() |= ~0u << (allowed.size() % 32);
+    row.mask = mask;
+    row.occurred = occurred;
+    row.logit_bias = bias;
+    row.banned = banned;
+    row.repetition = repetition;
+    row.frequency = frequency;
+    row.presence = presence;
+  }
+};
+
+// Each part there or not; masks of few tokens, of half, of most; lists of few tokens or of most.
+Adjustments RandomAdjustments(std::mt19937& rng, int vocab) {
+  Adjustments a;
+  std::normal_distribution<float> normal;
+  const auto some = [&](auto add) {
+    const uint32_t every = rng() % 2 ? 1 + rng() % 3 : 1 + vocab / 4;
+    for (int32_t i = 0; i < vocab; ++i) {
+      if (rng() % every == 0) add(i);
+    }
+  };
+  if (rng() % 2) {
+    const uint32_t percent = std::vector<uint32_t>{2, 50, 98, 100}[rng() % 4];
+    for (int i = 0; i < vocab; ++i) a.allowed.push_back(rng() % 100 < percent);
+    // Whole words and blocks that are all set or all clear.
+    for (int i = 0; i < vocab; ++i) {
+      if (i / 64 % 3 == 1) a.allowed[i] = percent > 50;
+    }
+  }
+  if (rng() % 2) {
+    some([&](int32_t i) {
+      const int32_t count = static_cast<int32_t>(rng() % 4 ? rng() % 3 : 1000);
+      a.occurred.push_back({i, count, rng() % 2 == 0});
+    });
+    a.repetition = std::vector<float>{1.0f, 1.3f, 0.7f}[rng() % 3];
+    a.frequency = std::vector<float>{0.0f, 0.4f, -0.3f}[rng() % 3];
+    a.presence = std::vector<float>{0.0f, 1.5f, -2.0f}[rng() % 3];
+  }
+  if (rng() % 2) some([&](int32_t i) { a.bias.push_back({i, normal(rng) * (rng() % 2 ? 1.0f : 30.0f)}); });
+  if (rng() % 3 == 0) a.banned = {static_cast<int32_t>(rng() % vocab), -1, vocab};
+  return a;
+}
+
+// The rules of sampler.h, one token at a time. Real: float for the bits, double for what they should mean.
+template <typename Real>
+std::vector<Real> ByTheRules(const std::vector<float>& logits, const Adjustments& a) {
+  std::map<int32_t, Occurrence> occurred;
+  std::map<int32_t, float> bias;
+  for (const Occurrence& o : a.occurred) occurred[o.token] = o;
+  for (const TokenBias& b : a.bias) bias[b.token] = b.bias;
+  std::vector<Real> out;
+  for (int32_t i = 0; i < static_cast<int32_t>(logits.size()); ++i) {
+    Real l = logits[i];
+    const auto step = [](Real x) { return std::min<Real>(std::max<Real>(x, -kMax), kMax); };
+    if (l > -kInf) {
+      if (occurred.count(i)) {
+        const Occurrence& o = occurred[i];
+        if (o.in_prompt || o.output_count > 0) l = step(l > 0 ? l / Real(a.repetition) : l * Real(a.repetition));
+        const Real times = Real(a.frequency) * Real(o.output_count);
+        l = step(l - times);
+        if (o.output_count > 0) l = step(l - Real(a.presence));
+      }
+      if (bias.count(i)) l = step(l + Real(bias[i]));
+      if (!a.allowed.empty() && !a.allowed[i]) l = -kInf;
+      if (std::count(a.banned.begin(), a.banned.end(), i)) l = -kInf;
+    }
+    out.push_back(l);
+  }
+  return out;
+}
+
+TEST(SamplerAdjust, FollowsTheRulesToTheLastBit) {
+  std::mt19937 rng(31);
+  for (int round = 0; round < 3000; ++round) {
+    const int vocab = std::vector<int>{1, 31, 32, 33, 64, 65, 200, 1000}[rng() % 8];
+    const std::vector<float> logits = RandomLogits(rng, vocab);
+    Adjustments a = RandomAdjustments(rng, vocab);
+    SamplingRow row = Row(1);
+    a.Into(row);
+    RequireValid(row, vocab);
+    const std::vector<float> got = Adjusted(logits, row), expected = ByTheRules<float>(logits, a);
+    const std::vector<double> exact = ByTheRules<double>(logits, a);
+    for (int i = 0; i < vocab; ++i) {
+      ASSERT_EQ(got[i], expected[i]) << "round " << round << " token " << i << " logit " << logits[i];
+      if (exact[i] > -kInf) {
+        ASSERT_NEAR(got[i], exact[i], 3e-7 * (1000 + std::fabs(logits[i]))) << i;
+      }
+    }
+  }
+}
+
+TEST(SamplerAdjust, EachRuleByHand) {
+  const std::vector<float> logits = {3.0f, -3.0f, 0.0f, 3.0f, 3.0f, -kInf};
+  SamplingRow row = Row(1);
+  // In the prompt only; in the output only; both; in neither; -inf.
+  const std::vector<Occurrence> occurred = {{0, 0, true}, {1, 2, false}, {2, 1, true}, {3, 0, false}, {5, 1, true}};
+  row.occurred = occurred;
+  EXPECT_EQ(Adjusted(logits, row), logits) << "all off";
+  row.repetition = 2.0f;
+  EXPECT_EQ(Adjusted(logits, row), (std::vector<float>{1.5f, -6.0f, 0.0f, 3.0f, 3.0f, -kInf}));
+  row.repetition = 0.5f;
+  EXPECT_EQ(Adjusted(logits, row), (std::vector<float>{6.0f, -1.5f, 0.0f, 3.0f, 3.0f, -kInf}));
+  row.repetition = 1.0f;
+  row.frequency = 0.25f;
+  EXPECT_EQ(Adjusted(logits, row), (std::vector<float>{3.0f, -3.5f, -0.25f, 3.0f, 3.0f, -kInf}));
+  row.frequency = 0.0f;
+  row.presence = 1.5f;
+  EXPECT_EQ(Adjusted(logits, row), (std::vector<float>{3.0f, -4.5f, -1.5f, 3.0f, 3.0f, -kInf}));
+  row.repetition = 2.0f;
+  row.frequency = -4.0f;
+  // Repetition first: -3 * 2 = -6, then + 8, then - 1.5.
+  EXPECT_EQ(Adjusted(logits, row), (std::vector<float>{1.5f, 0.5f, 2.5f, 3.0f, 3.0f, -kInf}));
+  const std::vector<TokenBias> bias = {{1, 10.0f}, {4, -100.0f}, {5, 100.0f}};
+  row.logit_bias = bias;
+  EXPECT_EQ(Adjusted(logits, row), (std::vector<float>{1.5f, 10.5f, 2.5f, 3.0f, -97.0f, -kInf}));
+  const std::vector<uint32_t> mask = {0b111101};
+  const std::vector<int32_t> banned = {3};
+  row.mask = mask;
+  row.banned = banned;
+  EXPECT_EQ(Adjusted(logits, row), (std::vector<float>{1.5f, -kInf, 2.5f, -kInf, -97.0f, -kInf}));
+}
+
+TEST(SamplerAdjust, NoPenaltyMakesATokenImpossible) {
+  const std::vector<Occurrence> occurred = {{0, 2, true}};
+  for (float logit : {3e38f, -3e38f, 1.0f, -1.0f}) {
+    for (float repetition : {1e-38f, 3e38f}) {
+      for (float frequency : {-3e38f, 0.0f, 3e38f}) {
+        for (float presence : {-3e38f, 3e38f}) {
+          for (float b : {-3e38f, 3e38f}) {
+            const std::vector<TokenBias> bias = {{0, b}};
+            SamplingRow row = Row(1);
+            row.occurred = occurred;
+            row.repetition = repetition;
+            row.frequency = frequency;
+            row.presence = presence;
+            row.logit_bias = bias;
+            const float got = Adjusted({logit, -kInf}, row)[0];
+            ASSERT_LE(std::fabs(got), kMax) << logit << " " << repetition << " " << frequency << " " << presence;
+            ASSERT_EQ(Sample({logit, -kInf}, row).token, 0);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(SamplerAdjust, DrawsWhatTheAdjustedLogitsDraw) {
+  std::mt19937 rng(37);
+  int drawn = 0;
+  for (int round = 0; round < 3000; ++round) {
+    const int vocab = std::vector<int>{1, 33, 64, 130, 1000, 3000}[rng() % 6];
+    const std::vector<float> logits = RandomLogits(rng, vocab);
+    Adjustments a = RandomAdjustments(rng, vocab);
+    const std::vector<float> plain = ByTheRules<float>(logits, a);
+    SamplingRow row = RandomRow(rng, vocab);
+    if (rng() % 3 == 0) row.temperature = 0;
+    const SampleOutcome expected = Sample(plain, row);
+    const std::vector<int32_t> support = SupportOf(plain, row);
+    a.Into(row);
+    for (float slack : {-1.0f, 0.0f, 3.0f}) {
+      // The maxima are those of the raw row: below what a bias or a negative penalty raises.
+      const std::vector<float> block_max = BlockMax(logits, std::max(slack, 0.0f));
+      const SampleOutcome got = Sample(logits, row, slack < 0 ? nullptr : block_max.data());
+      ASSERT_EQ(got.token, expected.token) << "round " << round << " slack " << slack;
+      ASSERT_EQ(got.bad, expected.bad);
+    }
+    ASSERT_EQ(SupportOf(logits, row), support);
+    drawn += !expected.bad;
+  }
+  EXPECT_GT(drawn, 2500);
+}
+
+TEST(SamplerAdjust, SupportEqualsTheSortOracleOfTheAdjustedRow) {
+  std::mt19937 rng(43);
+  int compared = 0;
+  for (int round = 0; round < 1500; ++round) {
+    const int vocab = std::vector<int>{2, 64, 130, 500}[rng() % 4];
+    const std::vector<float> logits = RandomLogits(rng, vocab);
+    Adjustments a = RandomAdjustments(rng, vocab);
+    SamplingRow row = RandomRow(rng, vocab);
+    const Oracle oracle = Naive(ByTheRules<float>(logits, a), row);
+    if (oracle.ambiguous) continue;
+    ++compared;
+    a.Into(row);
+    ASSERT_EQ(SupportOf(logits, row), oracle.support) << round;
+  }
+  EXPECT_GT(compared, 1200);
+}
+
+TEST(SamplerAdjust, ALogitRaisedInABlockOfLowOnesIsFound) {
+  std::vector<float> logits(200, -20.0f);
+  logits[3] = 5.0f;
+  const std::vector<float> block_max = BlockMax(logits);
+  const std::vector<TokenBias> bias = {{150, 30.0f}};
+  SamplingRow row = Row(0);
+  row.logit_bias = bias;
+  EXPECT_EQ(Sample(logits, row, block_max.data()).token, 150);
+  const std::vector<Occurrence> occurred = {{3, 0, true}, {199, 3, false}};
+  row = Row(0);
+  row.occurred = occurred;
+  row.frequency = -9.0f;
+  EXPECT_EQ(Sample(logits, row, block_max.data()).token, 199);
+  // And a block whose largest is gone: the others' maxima still hold.
+  row.frequency = 0.0f;
+  row.repetition = 100.0f;
+  logits[70] = 0.06f;
+  EXPECT_EQ(Sample(logits, row, BlockMax(logits).data()).token, 70);
+}
+
+TEST(SamplerAdjust, AMaskHidesNoBrokenRowAndLeavesNothingToDrawIfItIsEmpty) {
+  for (int vocab : {1, 32, 64, 100}) {
+    std::vector<float> logits(vocab, 1.0f);
+    const std::vector<uint32_t> none((vocab + 31) / 32, 0);
+    std::vector<uint32_t> past = none;
+    if (vocab % 32 != 0) past.back() = ~0u << (vocab % 32);
+    for (float temperature : {0.0f, 1.0f}) {
+      SamplingRow row = Row(temperature);
+      row.mask = none;
+      EXPECT_TRUE(Sample(logits, row).bad) << vocab;
+      row.mask = past;
+      EXPECT_TRUE(Sample(logits, row).bad) << "bits past the vocabulary allow nothing";
+      EXPECT_TRUE(SupportOf(logits, row).empty());
+    }
+    if (vocab == 1) continue;
+    std::vector<uint32_t> first = none;
+    first[0] = 1;
+    for (float broken : {kNaN, kInf}) {
+      logits[vocab - 1] = broken;
+      SamplingRow row = Row(1);
+      row.mask = first;
+      EXPECT_TRUE(Sample(logits, row).bad);
+    }
+  }
+}
+
+TEST(SamplerAdjust, LogprobsStayThoseOfTheRawRow) {
+  std::mt19937 rng(47);
+  int compared = 0;
+  for (int round = 0; round < 500; ++round) {
+    const int vocab = std::vector<int>{64, 100, 1000}[rng() % 3];
+    const std::vector<float> logits = RandomLogits(rng, vocab);
+    Adjustments a = RandomAdjustments(rng, vocab);
+    SamplingRow row = RandomRow(rng, vocab);
+    if (rng() % 2) row.temperature = 0;
+    row.want_logprob = true;
+    a.Into(row);
+    const std::vector<float> block_max = BlockMax(logits, 1.0f);
+    const SampleOutcome got = Sample(logits, row, rng() % 2 ? block_max.data() : nullptr);
+    if (got.bad) continue;
+    ++compared;
+    // The same bits as a row that can only draw this token.
+    std::vector<bool> only(vocab);
+    only[got.token] = true;
+    const std::vector<uint32_t> mask = MaskOf(only);
+    SamplingRow single = Row(0);
+    single.want_logprob = true;
+    single.mask = mask;
+    ASSERT_EQ(Sample(logits, single).logprob, got.logprob);
+    const double top = *std::max_element(logits.begin(), logits.end());
+    double sum = 0;
+    for (float x : logits) sum += std::exp(x - top);
+    const double expected = logits[got.token] - top - std::log(sum);
+    ASSERT_NEAR(got.logprob, expected, 2e-6 * (1 + std::fabs(expected)));
+  }
+  EXPECT_GT(compared, 400);
+}
+
+TEST(SamplerAdjust, DistributionFollowsTheSoftmaxOfTheAdjustedRow) {
+  std::mt19937 rng(53);
+  std::normal_distribution<float> normal(0.0f, 1.0f);
+  std::vector<float> logits(40);
+  for (float& x : logits) x = normal(rng);
+  Adjustments a;
+  for (int32_t i = 0; i < 40; i += 2) a.occurred.push_back({i, i % 3, i % 4 == 0});
+  a.repetition = 1.4f;
+  a.frequency = 0.3f;
+  a.presence = -0.5f;
+  a.bias = {{1, 2.0f}, {2, -1.0f}};
+  for (int i = 0; i < 40; ++i) a.allowed.push_back(i % 5 != 0);
+  SamplingRow row = Row(1.2f, 0, 0.95f);
+  const Oracle oracle = Naive(ByTheRules<float>(logits, a), row);
+  ASSERT_FALSE(oracle.ambiguous);
+  a.Into(row);
+  ExpectDistribution(logits, row, 100000, oracle);
+}
+
+TEST(SamplerAdjust, WhatMakesNoRowIsRefusedWithTheReason) {
+  const auto refusal = [](const SamplingRow& row) -> std::string {
+    try {
+      RequireValid(row, 40);
+    } catch (const InvalidArgument& e) {
+      return e.what();
+    }
+    return "";
+  };
+  const auto with = [](auto change) {
+    SamplingRow row = Row(1);
+    change(row);
+    return row;
+  };
+  EXPECT_EQ(refusal(Row(1)), "");
+  const std::vector<uint32_t> one(1), two(2), three(3);
+  EXPECT_EQ(refusal(with([&](SamplingRow& row) { row.mask = two; })), "");
+  for (const auto* mask : {&one, &three}) {
+    EXPECT_NE(refusal(with([&](SamplingRow& row) { row.mask = *mask; })).find("ceil(vocab / 32) = 2 words"), -1ul);
+  }
+  for (float bad : {0.0f, -1.0f, kNaN, kInf}) {
+    EXPECT_EQ(refusal(with([&](SamplingRow& row) { row.repetition = bad; })).find("repetition must be"), 0u) << bad;
+  }
+  for (float bad : {kNaN, kInf, -kInf}) {
+    EXPECT_EQ(refusal(with([&](SamplingRow& row) { row.frequency = bad; })).find("frequency must be"), 0u) << bad;
+    EXPECT_EQ(refusal(with([&](SamplingRow& row) { row.presence = bad; })).find("presence must be"), 0u) << bad;
+    const std::vector<TokenBias> bias = {{3, bad}};
+    EXPECT_EQ(refusal(with([&](SamplingRow& row) { row.logit_bias = bias; })).find("logit_bias must be finite"), 0u);
+  }
+  using Ids = std::vector<int32_t>;
+  for (const Ids& ids : {Ids{3, 2}, Ids{3, 3}, Ids{-1}, Ids{40}, Ids{0, 5, 4}}) {
+    std::vector<Occurrence> occurred;
+    std::vector<TokenBias> bias;
+    for (int32_t id : ids) occurred.push_back({id, 1, false}), bias.push_back({id, 1.0f});
+    EXPECT_EQ(refusal(with([&](SamplingRow& row) { row.occurred = occurred; })).find("occurred must name"), 0u);
+    EXPECT_EQ(refusal(with([&](SamplingRow& row) { row.logit_bias = bias; })).find("logit_bias must name"), 0u);
+  }
+  const std::vector<Occurrence> negative = {{3, -1, true}}, fine = {{0, 0, true}, {39, 2, false}};
+  EXPECT_NE(refusal(with([&](SamplingRow& row) { row.occurred = negative; })).find("-1 for token 3"), -1ul);
+  EXPECT_EQ(refusal(with([&](SamplingRow& row) { row.occurred = fine; })), "");
 }
 
 }  // namespace
