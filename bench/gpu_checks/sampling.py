@@ -1,7 +1,8 @@
 """The keyed sampler. Its tokens must be those of the CPU's sampler (sapwood._core, which must be built).
 
-Both could be wrong alike, so two checks do without the CPU: what is drawn lies in the support that an fp64 sort finds,
-and frequencies follow the softmax.
+Both could be wrong alike, so some checks do without the CPU: what is drawn lies in the support that an fp64 sort finds
+of logits that numpy has adjusted; frequencies follow the softmax; adjusted logits and the masses of top-p are numpy's
+to the last bit.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +23,7 @@ from sapwood.program.cuda_library import SampleParams
 
 CANARY: Final = -77
 GUARD: Final = 16  # elements on both sides of an output
+FLT_MAX: Final = float(np.finfo(np.float32).max)
 LIST_SIZE: Final = 4096  # of the kernel: more candidates than that are searched in the row
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -39,6 +43,11 @@ class Draw:
     want_logprob: bool = False
     banned: tuple[int, ...] = ()
     masked: tuple[int, ...] | None = None
+    occurred: tuple[tuple[int, int, bool], ...] = ()  # token, how often in the output, whether in the prompt
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,17 +62,30 @@ class Drawn:
         assert torch.equal(self.logprob.view(torch.int32), other.logprob.view(torch.int32)), what
 
 
-def mask_words(draw: Draw, vocab: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int32]]:
+def mask_words(draw: Draw, vocab: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint32]]:
     """The row of the mask; the bits past the vocabulary are random."""
     words = (vocab + 31) // 32
     bits = rng.integers(0, 2, words * 32, dtype=np.uint8)
     bits[:vocab] = 1
     bits[list(draw.masked or ())] = 0
-    return np.packbits(bits, bitorder="little").view(np.int32)
+    return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
-def sample(d: Device, logits: Logits, draws: list[Draw], lead: int = 0, pad: int = 0) -> Drawn:
-    """One call. `lead` and `pad`: columns of NaN before and after each row of logits."""
+def csr(d: Device, rows: list[tuple[Any, ...]], spare: list[Any], dtypes: list[type[np.generic]]) -> list[torch.Tensor]:
+    """indptr and one array for each part of an entry. They begin with entries that no row has."""
+    ends = len(spare) + np.cumsum([0] + [len(entries) for entries in rows])
+    flat = spare + [entry for entries in rows for entry in entries]
+    parts = [np.array([entry[i] for entry in flat], dtype) for i, dtype in enumerate(dtypes)]
+    indptr = torch.tensor(ends, dtype=torch.int32, device=d.name)
+    return [indptr, *(before_guard(d, torch.from_numpy(part).to(d.name)) for part in parts)]
+
+
+def sample(
+    d: Device, logits: Logits, draws: list[Draw], lead: int = 0, pad: int = 0, mask_index: list[int] | None = None
+) -> Drawn:
+    """One call. `lead` and `pad`: columns of NaN before and after each row of logits. mask_index: another than that of
+    the draws.
+    """
     rows, vocab = logits.shape
     rng = np.random.default_rng(vocab)
     whole = np.full((rows, lead + vocab + pad), np.nan, dtype=np.float32)
@@ -76,20 +98,34 @@ def sample(d: Device, logits: Logits, draws: list[Draw], lead: int = 0, pad: int
 
     # A row of zeros forbids everything: rows that are not asked for are noticed.
     words = (vocab + 31) // 32
-    mask_rows, mask_index = [np.zeros(words, np.int32)], []
+    mask_rows, index_of = [np.zeros(words, np.uint32)], []
     for draw in draws:
-        mask_index.append(-1 if draw.masked is None else len(mask_rows))
+        index_of.append(-1 if draw.masked is None else len(mask_rows))
         if draw.masked is not None:
-            mask_rows += [mask_words(draw, vocab, rng), np.zeros(words, np.int32)]
-    has_mask, has_bans = len(mask_rows) > 1, any(draw.banned for draw in draws)
-    mask = before_guard(d, torch.from_numpy(np.pad(np.stack(mask_rows), ((0, 0), (0, pad)))).to(d.name))
-    index = torch.tensor(mask_index, dtype=torch.int32, device=d.name)
-    # The list of bans begins with ids that no row bans.
-    spare = list(range(min(vocab, 8)))
-    ends = len(spare) + np.cumsum([0] + [len(draw.banned) for draw in draws])
-    indptr = torch.tensor(ends, dtype=torch.int32, device=d.name)
-    banned = spare + [i for draw in draws for i in draw.banned]
-    ids = before_guard(d, torch.tensor(banned, dtype=torch.int32).to(d.name))
+            mask_rows += [mask_words(draw, vocab, rng), np.zeros(words, np.uint32)]
+    stacked = np.pad(np.stack(mask_rows), ((0, 0), (0, pad))).view(np.int32)
+    mask = before_guard(d, torch.from_numpy(stacked).to(d.name))
+    index = torch.tensor(mask_index or index_of, dtype=torch.int32, device=d.name)
+    ids = range(min(vocab, 8))
+    lists: dict[str, torch.Tensor] = {}
+    saved = 0
+    if any(draw.banned for draw in draws):
+        bans = csr(d, [tuple((i,) for i in draw.banned) for draw in draws], [(i,) for i in ids], [np.int32])
+        lists |= zip(("banned_indptr", "banned_ids"), bans, strict=True)
+    if any(draw.occurred for draw in draws):
+        names = ("occurred_indptr", "occurred_ids", "output_counts", "in_prompt")
+        spare = [(i, 100, True) for i in ids]
+        lists |= zip(names, csr(d, [x.occurred for x in draws], spare, [np.int32, np.int32, np.uint8]), strict=True)
+        lists |= {name: column(name, np.float32) for name in ("repetition", "frequency", "presence")}
+        saved += int(lists["occurred_indptr"][-1])
+    if any(draw.logit_bias for draw in draws):
+        names = ("bias_indptr", "bias_ids", "bias")
+        biases = csr(d, [draw.logit_bias for draw in draws], [(i, 1e4) for i in ids], [np.int32, np.float32])
+        lists |= zip(names, biases, strict=True)
+        saved += int(lists["bias_indptr"][-1])
+    scratch = torch.full((saved + 2 * GUARD,), CANARY, dtype=torch.float32, device=d.name)
+    if "occurred_ids" in lists or "bias_ids" in lists:
+        lists["saved"] = scratch[GUARD:]
 
     outputs = [
         torch.full((rows + 2 * GUARD,), CANARY, dtype=dtype, device=d.name)
@@ -101,17 +137,32 @@ def sample(d: Device, logits: Logits, draws: list[Draw], lead: int = 0, pad: int
     columns |= {name: column(name, np.int32) for name in ("top_k", "want_logprob")}
     columns |= {"seed": column("seed", np.uint64), "stream": column("stream", np.uint32)}
     columns["position"] = column("position", np.int64)
+    has_mask = len(mask_rows) > 1
     d.call("sample", SampleParams(
-        num_rows=rows, vocab=vocab, mask_stride=mask.shape[1], logits=on_device[:, lead:].data_ptr(),
-        logits_stride=on_device.stride(0), mask=mask.data_ptr() if has_mask else None,
-        mask_index=index.data_ptr() if has_mask else None, banned_indptr=indptr.data_ptr() if has_bans else None,
-        banned_ids=ids.data_ptr() if has_bans else None, token=token.data_ptr(), logprob=logprob.data_ptr(),
-        bad=bad.data_ptr(), **{name: values.data_ptr() for name, values in columns.items()},
+        num_rows=rows, vocab=vocab, num_mask_rows=len(mask_rows), mask_stride=mask.shape[1],
+        logits=on_device[:, lead:].data_ptr(), logits_stride=on_device.stride(0),
+        mask=mask.data_ptr() if has_mask else None, mask_index=index.data_ptr() if has_mask else None,
+        token=token.data_ptr(), logprob=logprob.data_ptr(), bad=bad.data_ptr(),
+        **{name: values.data_ptr() for name, values in (columns | lists).items()},
     ))  # fmt: skip
-    for output in outputs:
-        outside = torch.cat((output[:GUARD], output[GUARD + rows :]))
+    for output, size in ((outputs[0], rows), (outputs[1], rows), (outputs[2], rows), (scratch, saved)):
+        outside = torch.cat((output[:GUARD], output[GUARD + size :]))
         assert (outside == CANARY).all(), "sample wrote outside its outputs"
+    after = on_device.cpu().numpy()
+    assert (after.view(np.int32) == whole.view(np.int32)).all(), "sample left other logits behind"
     return Drawn(token.tolist(), logprob.cpu(), bad.tolist())
+
+
+def adjustments(draw: Draw, vocab: int) -> Any:
+    """As the CPU's sampler takes them. It refuses ids that are none; the device passes over them."""
+    from sapwood import _core
+
+    return _core.Adjustments(
+        banned=draw.banned, mask=() if draw.masked is None else mask_words(draw, vocab, np.random.default_rng(0)),
+        occurred=[entry for entry in draw.occurred if 0 <= entry[0] < vocab], repetition=draw.repetition,
+        frequency=draw.frequency, presence=draw.presence,
+        logit_bias=[entry for entry in draw.logit_bias if 0 <= entry[0] < vocab],
+    )  # fmt: skip
 
 
 def cpu_sample(logits: Logits, draw: Draw) -> tuple[int, float, bool]:
@@ -120,8 +171,32 @@ def cpu_sample(logits: Logits, draw: Draw) -> tuple[int, float, bool]:
 
     return _core.sample_row(
         logits, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p, min_p=draw.min_p, seed=draw.seed,
-        stream=draw.stream, position=draw.position, banned=[*draw.banned, *(draw.masked or ())],
+        stream=draw.stream, position=draw.position, adjustments=adjustments(draw, len(logits)),
     )  # fmt: skip
+
+
+def clamped(logits: Logits) -> Logits:
+    largest = np.finfo(np.float32).max
+    return np.clip(logits, -largest, largest)
+
+
+def adjusted(logits: Logits, draw: Draw) -> Logits:
+    """Penalties and bias as cpp/sampling/sampler.h has them, by numpy in fp32, all tokens at once."""
+    vocab, f32 = len(logits), np.float32
+    count, prompt, bias = np.zeros(vocab, f32), np.zeros(vocab, bool), np.zeros(vocab, f32)
+    for token, times, in_prompt in draw.occurred:
+        if 0 <= token < vocab:
+            count[token], prompt[token] = times, in_prompt
+    for token, value in draw.logit_bias:
+        if 0 <= token < vocab:
+            bias[token] = value
+    with np.errstate(over="ignore", invalid="ignore"):
+        repeated = np.where(logits > 0, logits / f32(draw.repetition), logits * f32(draw.repetition))
+        out = np.where(prompt | (count > 0), clamped(repeated), logits)
+        out = clamped(out - f32(draw.frequency) * count)
+        out = np.where(count > 0, clamped(out - f32(draw.presence)), out)
+        out = clamped(out + bias)
+    return np.where(np.isfinite(logits), out, logits)
 
 
 def assert_as_cpu(logits: Logits, draws: list[Draw], drawn: Drawn) -> None:
@@ -162,7 +237,7 @@ def random_logits(rng: np.random.Generator, vocab: int) -> Logits:
 
 
 def random_draw(rng: np.random.Generator, vocab: int) -> Draw:
-    """Every filter on or off, with bans and masks among them."""
+    """Every filter and every adjustment on or off."""
     few = int(rng.integers(1, 6 if rng.random() < 0.5 else vocab + 6))
     banned = tuple(int(i) for i in rng.integers(-3, vocab + 3, rng.integers(1, 5)))
     masked = tuple(int(i) for i in np.flatnonzero(rng.random(vocab) < rng.choice([0.02, 0.5, 0.98])))
@@ -177,7 +252,26 @@ def random_draw(rng: np.random.Generator, vocab: int) -> Draw:
         want_logprob=bool(rng.random() < 0.5),
         banned=banned if rng.random() < 0.3 else (),
         masked=masked if rng.random() < 0.3 else None,
+        **random_adjustments(rng, vocab),
     )
+
+
+def random_adjustments(rng: np.random.Generator, vocab: int) -> dict[str, Any]:
+    """Penalties in two of five rows, biases in two of five; of few tokens or of most, and of ids that are none."""
+    chosen: dict[str, Any] = {}
+
+    def some_ids() -> list[int]:
+        size = int(rng.integers(1, vocab + 3 if rng.random() < 0.3 else 8))
+        return np.unique(rng.integers(-1, vocab + 1, size)).tolist()
+
+    if rng.random() < 0.4:
+        chosen["occurred"] = tuple((i, int(rng.choice([0, 0, 1, 2, 77])), bool(rng.random() < 0.5)) for i in some_ids())
+        for name, values in (("repetition", (1.0, 1.1, 1.7, 0.6)), ("frequency", (0.0, 0.3, -1.1)),
+                             ("presence", (0.0, 1.9, -0.7))):  # fmt: skip
+            chosen[name] = float(rng.choice(values))
+    if rng.random() < 0.4:
+        chosen["logit_bias"] = tuple((i, float(rng.normal(0.0, rng.choice([1.0, 40.0])))) for i in some_ids())
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -192,6 +286,7 @@ class Support:
 def support_of(logits: Logits, draw: Draw) -> Support:
     """By a full sort in fp64; the temperature is positive."""
     temperature, top_p, min_p = (float(np.float32(x)) for x in (draw.temperature, draw.top_p, draw.min_p))
+    logits = adjusted(logits, draw)
     allowed = logits > -np.inf
     allowed[[i for i in (*draw.banned, *(draw.masked or ())) if 0 <= i < len(logits)]] = False
     ids = np.flatnonzero(allowed)
@@ -374,6 +469,187 @@ def check_scores(d: Device) -> int:
     return cases + 1
 
 
+def by_rules(d: Device) -> int:
+    """Each rule by small numbers, read off greedy draws of two tokens: 0 is drawn where it has the value that 1 must be
+    adjusted to, 1 where 0 is one bit below it.
+    """
+    rules: list[tuple[float, Draw, float]] = [
+        (3.0, Draw(occurred=((1, 0, True),), repetition=2.0), 1.5),
+        (-3.0, Draw(occurred=((1, 0, True),), repetition=2.0), -6.0),
+        (3.0, Draw(occurred=((1, 2, False),), repetition=0.5), 6.0),
+        (3.0, Draw(occurred=((1, 0, False),), repetition=2.0, frequency=1.0, presence=1.0), 3.0),
+        (3.0, Draw(occurred=((1, 5, True),), frequency=0.25), 1.75),
+        (3.0, Draw(occurred=((1, 0, True),), frequency=0.25, presence=4.0), 3.0),
+        (3.0, Draw(occurred=((1, 1, False),), presence=4.0), -1.0),
+        (3.0, Draw(occurred=((1, 5, False),), presence=-4.0), 7.0),
+        (3.0, Draw(occurred=((1, 2, True),), repetition=2.0, frequency=1.0, presence=0.5), -1.0),
+        (-1.0, Draw(occurred=((1, 1, True),), repetition=2.0, frequency=-3.0), 1.0),
+        (3.0, Draw(logit_bias=((1, -5.0),)), -2.0),
+        (-1.0, Draw(occurred=((1, 1, True),), repetition=2.0, presence=1.0, logit_bias=((1, 8.0),)), 5.0),
+        # Past the ends of fp32.
+        (3e38, Draw(occurred=((1, 1, True),), repetition=0.5, presence=2.0**127), FLT_MAX - 2.0**127),
+        (-3e38, Draw(occurred=((1, 0, True),), repetition=2.0), -FLT_MAX),
+        (1.0, Draw(occurred=((1, 2, False),), frequency=3e38), -FLT_MAX),
+        (1.0, Draw(occurred=((1, 2, False),), frequency=-3e38, logit_bias=((1, 3e38),)), FLT_MAX),
+        (-1.0, Draw(occurred=((1, 2, False),), repetition=3e38, frequency=3e38, presence=3e38), -FLT_MAX),
+    ]  # fmt: skip
+    rows, draws = [], []
+    for logit, draw, value in rules:
+        with np.errstate(over="ignore"):
+            below = np.nextafter(np.float32(value), np.float32(-math.inf))  # of -FLT_MAX: -inf, which nothing loses to
+        for other in (value, below):
+            rows.append([other, logit])
+            draws.append(replace(draw, temperature=0.0, want_logprob=True))
+    drawn = sample(d, np.array(rows, np.float32), draws)
+    assert_as_cpu(np.array(rows, np.float32), draws, drawn)
+    for i, (_, draw, value) in enumerate(rules):
+        assert drawn.token[2 * i] == 0, f"larger than {value}: {draw}"
+        assert drawn.token[2 * i + 1] == 1, f"less than {value}: {draw}"
+    return len(draws)
+
+
+def to_the_last_bit(d: Device) -> int:
+    """A penalised token against one that has, raw, what numpy makes of it, and against one bit less."""
+    rng = np.random.default_rng(12)
+    rows, draws = [], []
+    for i in range(60):
+        draw = Draw(
+            temperature=0.0, occurred=((1, int(rng.integers(0, 300)), True),), repetition=float(rng.uniform(0.5, 2.0)),
+            frequency=float(rng.normal()) if i % 2 else 0.0, presence=float(rng.normal()) if i % 3 else 0.0,
+            logit_bias=((1, float(rng.normal())),) if i % 5 else (),
+        )  # fmt: skip
+        raw = np.float32(rng.normal(0.0, 5.0))
+        value = adjusted(np.array([0.0, raw], np.float32), draw)[1]
+        rows += [[value, raw], [np.nextafter(value, np.float32(-math.inf)), raw]]
+        draws += [draw, draw]
+    drawn = sample(d, np.array(rows, np.float32), draws)
+    assert drawn.token == [0, 1] * (len(draws) // 2), "an adjusted logit has other bits than numpy's"
+    return len(draws)
+
+
+def check_adjustments(d: Device) -> int:
+    """Penalties, biases, masks: by rule, to the last bit, as logits that have it all in them, all tokens listed."""
+    cases = by_rules(d) + to_the_last_bit(d)
+    rng = np.random.default_rng(41)
+    for vocab, rows in ((70, 24), (4101, 6)):
+        logits = np.stack([random_logits(rng, vocab) for _ in range(rows)])
+        draws = [replace(random_draw(rng, vocab), **random_adjustments(rng, vocab)) for _ in range(rows)]
+        everywhere = tuple((i, i % 3, i % 2 == 0) for i in range(vocab))
+        draws[-1] = Draw(
+            occurred=everywhere, repetition=1.2, frequency=0.4, presence=0.2, want_logprob=True, top_p=0.9,
+            logit_bias=tuple((i, 0.1 * (i % 7)) for i in range(vocab)),
+        )  # fmt: skip
+        drawn = sample(d, logits, draws, pad=1)
+        assert_as_cpu(logits, draws, drawn)
+        plain, unadjusted = logits.copy(), []
+        for row, draw in zip(plain, draws, strict=True):
+            row[:] = adjusted(row, draw)
+            row[[i for i in (*draw.banned, *(draw.masked or ())) if 0 <= i < vocab]] = -np.inf
+            unadjusted.append(replace(draw, banned=(), masked=None, occurred=(), logit_bias=()))
+        by_hand = sample(d, plain, unadjusted)
+        assert (drawn.token, drawn.bad) == (by_hand.token, by_hand.bad), "adjusted logits draw other tokens"
+        cases += rows
+
+    # A row of the mask that does not exist makes its row bad, and no other.
+    logits = rng.normal(0.0, 1.0, (6, 100)).astype(np.float32)
+    draws = [Draw(masked=(3,), occurred=((4, 1, True),), repetition=2.0)] * 6
+    num_mask_rows = 2 * len(draws) + 1
+    drawn = sample(d, logits, draws, mask_index=[-1, -2, 1, num_mask_rows, 2**31 - 1, -(2**31)])
+    assert drawn.bad == [0, 1, 0, 1, 1, 1] and drawn.token[1] == -1
+    assert drawn.token[2] == cpu_sample(logits[2], draws[2])[0]
+    return cases + 6
+
+
+# z at which exp has other bits if one of its products and sums is fused: those of r, and of the last four additions. By
+# going over all fp32 from -12 to -0.55; fusing one of the others changes none.
+FUSED_SHOWS: Final = tuple(float.fromhex(z) for z in (
+    "-0x1.0a9caep+1", "-0x1.0a89d6p+2", "-0x1.09accep+3",
+    "-0x1.30a2eap+1", "-0x1.872aaap+1", "-0x1.18ee82p+2", "-0x1.4492c2p+2",
+    "-0x1.25595cp+1", "-0x1.80f2bap+1", "-0x1.197f86p+2", "-0x1.784730p+2",
+    "-0x1.35f104p+1", "-0x1.9fe00cp+1", "-0x1.1e36bcp+2", "-0x1.71e25ep+2",
+    "-0x1.49a16cp+1", "-0x1.9886c8p+1", "-0x1.1edf9cp+2", "-0x1.6c4478p+2",
+))  # fmt: skip
+
+
+def mass_of(z: Logits) -> list[int]:
+    """trunc(exp(z) * 2^42) by the polynomial of cpp/sampling/sampler.cc, in numpy's fp32."""
+    f = np.float32
+    shifted = z * f(1.44269504088896341) + f(12582912.0)
+    n = shifted - f(12582912.0)
+    r = z - n * f(0.693359375)
+    r = r - n * f(-2.12194440e-4)
+    p = np.full_like(z, 1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + f(c)
+    fraction = (p * (r * r) + r) + f(1)
+    power = ((shifted.view(np.uint32) << np.uint32(23)) + np.uint32(0x3F800000)).view(np.float32)
+    return [int(float(e) * 2.0**42) for e in fraction * power]
+
+
+def of_mass(mass: int, below: float) -> list[float]:
+    """Few z < `below` whose masses add up to `mass` exactly: the largest that fits, then the same of the rest."""
+
+    def fits(x: float, mass: int) -> bool:
+        return mass_of(np.array([-x], np.float32))[0] <= mass
+
+    found = []
+    while mass > 0:
+        found.append(-first_float(-below, 31.0, partial(fits, mass=mass)))
+        mass -= mass_of(np.array(found[-1:], np.float32))[0]
+    return found
+
+
+def share_row(rng: np.random.Generator, top_p: float, more: int) -> tuple[list[float], int]:
+    """z, likeliest first, of a row whose first n tokens have the mass floor(top_p * total) where more = 1 and top_p *
+    total is no integer: one unit too little. more = 0: with one unit less in the rest, the n tokens are enough. And n.
+    """
+    n = int(rng.integers(1, 4))
+    first = [0.0, *np.sort(-rng.uniform(0.01, 0.5, n - 1)).astype(np.float32).tolist()[::-1]]
+    kept = sum(mass_of(np.array(first, np.float32)))
+    total = int(kept / Fraction(top_p)) + more  # exact
+    rest = total - kept
+    bulk: list[float] = []
+    choices = np.concatenate((np.array(FUSED_SHOWS, np.float32), -rng.uniform(0.6, 6.0, 8).astype(np.float32)))
+    for z in rng.permutation(choices).tolist():
+        mass = mass_of(np.array([z], np.float32))[0]
+        if mass < rest - 2**36:
+            bulk.append(z)
+            rest -= mass
+    return first + sorted(bulk + of_mass(rest, -0.55), reverse=True), n
+
+
+def check_masses(d: Device) -> int:
+    """Top-p where one unit of 2^-42 decides: of the masses, each as numpy has it, and of their share, rounded up."""
+    rng = np.random.default_rng(23)
+    rows, draws, kept = [], [], []
+    vocab = 64
+    for i in range(24):
+        top_p = 0.5 if i < 4 else float(np.float32(rng.uniform(0.45, 0.8)))
+        for more in (0, 1):
+            z, n = share_row(rng, top_p, more)
+            row = np.full(vocab, -np.inf, np.float32)
+            where = np.sort(rng.permutation(vocab)[: len(z)])  # equal ones: the lowest id is the likeliest
+            row[where] = z
+            # By integers alone: the shortest prefix that reaches the share.
+            masses = mass_of(np.array(z, np.float32))
+            target = -int(-Fraction(top_p) * sum(masses) // 1)
+            share = int(np.searchsorted(np.cumsum(masses), target)) + 1
+            assert share == n + more
+            following = int(where[n])
+            draw = next(
+                draw for draw in (Draw(position=p, top_k=n + 1) for p in range(4000))
+                if cpu_sample(row, draw)[0] == following
+            )  # fmt: skip
+            rows.append(row)
+            draws.append(replace(draw, top_k=0, top_p=top_p))
+            kept.append(following if more else -1)
+    drawn = sample(d, np.stack(rows), draws)
+    assert_as_cpu(np.stack(rows), draws, drawn)
+    for token, following, row in zip(drawn.token, kept, rows, strict=True):
+        assert token == following or (following < 0 and row[token] > -0.55), "one unit of mass is lost or gained"
+    return len(draws)
+
+
 def check_large_rows(d: Device) -> int:
     """Supports that do not fit the list, the largest vocabulary, and noise that is skipped in a long row."""
     rng = np.random.default_rng(9)
@@ -501,6 +777,7 @@ def check_distribution(d: Device) -> int:
 def check_sample(d: Device) -> int:
     """The number of rows compared. AssertionError where one fails."""
     checks = (
-        check_random_rows, check_cuts, check_scores, check_large_rows, check_edges, check_distribution,
+        check_random_rows, check_cuts, check_masses, check_scores, check_adjustments, check_large_rows, check_edges,
+        check_distribution,
     )  # fmt: skip
     return sum(check(d) for check in checks)

@@ -1,6 +1,10 @@
 // Exact keyed sampling: the token of the CPU's sampler (cpp/sampling/sampler.cc), without sort and without rejection.
 // One block of 512 threads per row.
 //
+// Penalties and biases are applied to the logits where they stand, once, so that the passes below know nothing of them;
+// the raw values go to a scratch list and come back before the log-probability is taken. Mask and bans become one bit
+// per token in shared memory.
+//
 // The order of tokens ("more likely first") is that of one integer, Rank: the logit's bits made monotone, then ~id.
 // Top-k and top-p each keep a prefix of this order, so together they leave {rank >= cut}; the draw is the argmax of
 // z + noise over it, z = (logit - max) / temperature. The passes over a row:
@@ -11,7 +15,8 @@
 //      radix select of the cut inside the bucket (five digits of 10 bits of the rank), the second filter, the argmax.
 //      Where the list is too short for them, the row stays the source
 //   4  without filters: the argmax
-//   5  with a log-probability: the sum of exp(logit - max)
+//   5  with a log-probability: the sum of exp(logit - max), of the raw logits; where they had been adjusted, their
+//      maximum before
 //
 // Sums. A token's mass is the integer trunc(exp(z) * 2^42): atomics may add masses up in any order. (A 64-bit atomicAdd
 // on shared memory is a loop of compare-and-swap, so a bin is two words of 32 bits and a carry.) The sum of a
@@ -356,6 +361,76 @@ __device__ __forceinline__ int GumbelArgMax(const Row& row, Shared& s, int list_
   return RankToken(BlockReduce(s, Rank(best, best_token), Larger));
 }
 
+// The penalties and biases of row r: entries begin .. end - 1 of the lists, with a place in p.saved each.
+struct Adjustments {
+  int occurred_begin, occurred_end, bias_begin, bias_end;
+  float* occurred_saved;  // index as the lists
+  float* bias_saved;
+
+  __device__ __forceinline__ Adjustments(const SapwoodSampleParams& p, int64_t r) {
+    const bool occurred = p.occurred_indptr != nullptr, bias = p.bias_indptr != nullptr;
+    occurred_begin = occurred ? p.occurred_indptr[r] : 0;
+    occurred_end = occurred ? p.occurred_indptr[r + 1] : 0;
+    bias_begin = bias ? p.bias_indptr[r] : 0;
+    bias_end = bias ? p.bias_indptr[r + 1] : 0;
+    // The rows before this one have occurred_begin + bias_begin places.
+    occurred_saved = p.saved + bias_begin;
+    bias_saved = p.saved + occurred_end;
+  }
+  __device__ __forceinline__ bool Any() const { return occurred_begin < occurred_end || bias_begin < bias_end; }
+};
+
+__device__ __forceinline__ float Clamped(float x) { return fminf(fmaxf(x, -FLT_MAX), FLT_MAX); }
+
+// The block's threads take the entries by turns: ids differ, so no two write the same logit. What is not finite stays
+// as it is: -inf is not drawn, and the rest makes the row bad.
+__device__ __forceinline__ void Adjust(const SapwoodSampleParams& p, int64_t r, const Adjustments& a, float* logits) {
+  for (int i = a.occurred_begin + static_cast<int>(threadIdx.x); i < a.occurred_end; i += kThreads) {
+    const int id = p.occurred_ids[i];
+    if (id < 0 || id >= p.vocab) continue;
+    float x = logits[id];
+    a.occurred_saved[i] = x;
+    if (!(fabsf(x) <= FLT_MAX)) continue;
+    const int count = p.output_counts[i];
+    if (p.in_prompt[i] != 0 || count > 0) {
+      const float repetition = p.repetition[r];
+      x = Clamped(x > 0.0f ? __fdiv_rn(x, repetition) : x * repetition);
+    }
+    x = Clamped(x - p.frequency[r] * static_cast<float>(count));
+    logits[id] = count > 0 ? Clamped(x - p.presence[r]) : x;
+  }
+  __syncthreads();
+  for (int i = a.bias_begin + static_cast<int>(threadIdx.x); i < a.bias_end; i += kThreads) {
+    const int id = p.bias_ids[i];
+    if (id < 0 || id >= p.vocab) continue;
+    const float x = logits[id];
+    a.bias_saved[i] = x;
+    if (fabsf(x) <= FLT_MAX) logits[id] = Clamped(x + p.bias[i]);
+  }
+  __syncthreads();
+}
+
+// Undoes Adjust, last step first. All threads have read the adjusted logits: a reduction over the block lies between.
+__device__ __forceinline__ void Restore(const SapwoodSampleParams& p, const Adjustments& a, float* logits) {
+  for (int i = a.bias_begin + static_cast<int>(threadIdx.x); i < a.bias_end; i += kThreads) {
+    const int id = p.bias_ids[i];
+    if (id >= 0 && id < p.vocab) logits[id] = a.bias_saved[i];
+  }
+  __syncthreads();
+  for (int i = a.occurred_begin + static_cast<int>(threadIdx.x); i < a.occurred_end; i += kThreads) {
+    const int id = p.occurred_ids[i];
+    if (id >= 0 && id < p.vocab) logits[id] = a.occurred_saved[i];
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ void SayBad(const SapwoodSampleParams& p, int64_t r) {
+  if (threadIdx.x != 0) return;
+  p.token[r] = -1;
+  p.logprob[r] = kNaN;
+  p.bad[r] = 1;
+}
+
 // At least one block on a multiprocessor: the compiler is not to save registers for a second one.
 __global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SapwoodSampleParams p) {
   SAPWOOD_DYNAMIC_SHARED(shared_bytes);
@@ -363,16 +438,21 @@ __global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SapwoodSampleP
   uint32_t* allowed = reinterpret_cast<uint32_t*>(shared_bytes + sizeof(Shared));
   const int64_t r = blockIdx.x;
   Row row{};
-  row.logits = p.logits + r * p.logits_stride;
+  float* const logits = p.logits + r * p.logits_stride;
+  row.logits = logits;
   row.allowed = allowed;
   row.vocab = p.vocab;
   row.aligned = reinterpret_cast<uintptr_t>(row.logits) % 16 == 0;
   row.temperature = p.temperature[r];
 
   const int mask_row = p.mask == nullptr ? -1 : p.mask_index[r];
-  const int32_t* mask = mask_row < 0 ? nullptr : p.mask + int64_t{mask_row} * p.mask_stride;
+  if (mask_row < -1 || mask_row >= p.num_mask_rows) {
+    SayBad(p, r);
+    return;
+  }
+  const uint32_t* mask = mask_row < 0 ? nullptr : p.mask + mask_row * p.mask_stride;
   for (int word = threadIdx.x; word < (p.vocab + 31) / 32; word += kThreads) {
-    allowed[word] = mask == nullptr ? 0xffffffffu : static_cast<uint32_t>(mask[word]);
+    allowed[word] = mask == nullptr ? 0xffffffffu : mask[word];
   }
   __syncthreads();
   if (p.banned_indptr != nullptr) {
@@ -384,29 +464,29 @@ __global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SapwoodSampleP
     __syncthreads();
   }
 
+  const Adjustments adjustments(p, r);
+  if (adjustments.Any()) Adjust(p, r, adjustments, logits);
+
   // Ids ascend within a thread: only a larger logit replaces the best one.
   float best = -kInf, raw_max = -kInf;
   int best_token = 0;
   bool unsound = false;
-  ForEachGroup<8>(row, [&](int first, const float (&logits)[4]) {
+  ForEachGroup<8>(row, [&](int first, const float (&group)[4]) {
     const uint32_t bits = allowed[first / 32] >> (first % 32);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      unsound |= !(logits[j] <= FLT_MAX);
-      raw_max = fmaxf(raw_max, logits[j]);
-      if ((bits >> j & 1) != 0 && logits[j] > best) {
-        best = logits[j];
+      unsound |= !(group[j] <= FLT_MAX);
+      raw_max = fmaxf(raw_max, group[j]);
+      if ((bits >> j & 1) != 0 && group[j] > best) {
+        best = group[j];
         best_token = first + j;
       }
     }
   });
   const uint64_t top_rank = BlockReduce(s, best > -kInf ? Rank(best, best_token) : 0, Larger);
   if (__syncthreads_or(unsound) || top_rank == 0) {
-    if (threadIdx.x == 0) {
-      p.token[r] = -1;
-      p.logprob[r] = kNaN;
-      p.bad[r] = 1;
-    }
+    if (adjustments.Any()) Restore(p, adjustments, logits);
+    SayBad(p, r);
     return;
   }
   row.max_logit = RankLogit(top_rank);
@@ -426,16 +506,24 @@ __global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SapwoodSampleP
     token = GumbelArgMax(row, s, list_size, cut, z_min, token, p.seed[r], p.stream[r], p.position[r]);
   }
 
+  if (adjustments.Any()) Restore(p, adjustments, logits);
   float logprob = kNaN;
   if (p.want_logprob[r] != 0) {
+    if (adjustments.Any()) {
+      raw_max = -kInf;
+      ForEachGroup<8>(row, [&](int, const float (&group)[4]) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) raw_max = fmaxf(raw_max, group[j]);
+      });
+    }
     raw_max = BlockReduce(s, raw_max, [](float a, float b) { return fmaxf(a, b); });
     double sum = 0.0;
-    ForEachGroup<8>(row, [&](int, const float (&logits)[4]) {
+    ForEachGroup<8>(row, [&](int, const float (&group)[4]) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum += static_cast<double>(Exp(logits[j] - raw_max));
+      for (int j = 0; j < 4; ++j) sum += static_cast<double>(Exp(group[j] - raw_max));
     });
     sum = BlockReduce(s, sum, [](double a, double b) { return a + b; });
-    logprob = static_cast<float>(static_cast<double>(row.logits[token]) - static_cast<double>(raw_max) - log(sum));
+    logprob = static_cast<float>(static_cast<double>(logits[token]) - static_cast<double>(raw_max) - log(sum));
   }
   if (threadIdx.x == 0) {
     p.token[r] = token;
@@ -458,11 +546,20 @@ int sapwood_cuda_sample(const SapwoodSampleParams* params, void* stream) {
                        p.vocab, static_cast<long long>(p.logits_stride));
   const int words = (p.vocab + 31) / 32;
   SAPWOOD_CUDA_REQUIRE(p.mask == nullptr || p.mask_stride >= words,
-                       "sample: mask_stride must be at least ceil(vocab / 32) = %d, got %d", words, p.mask_stride);
+                       "sample: mask_stride must be at least ceil(vocab / 32) = %d, got %lld", words,
+                       static_cast<long long>(p.mask_stride));
+  SAPWOOD_CUDA_REQUIRE(p.mask == nullptr || p.num_mask_rows > 0,
+                       "sample: num_mask_rows must be positive where mask is given, got %d", p.num_mask_rows);
   SAPWOOD_CUDA_REQUIRE(p.mask == nullptr || p.mask_index != nullptr,
                        "sample: mask_index must not be null where mask is given");
   SAPWOOD_CUDA_REQUIRE(p.banned_indptr == nullptr || p.banned_ids != nullptr,
                        "sample: banned_ids must not be null where banned_indptr is given");
+  SAPWOOD_CUDA_REQUIRE(p.occurred_indptr == nullptr || (p.occurred_ids && p.output_counts && p.in_prompt &&
+                                                        p.repetition && p.frequency && p.presence && p.saved),
+                       "sample: occurred_ids, output_counts, in_prompt, repetition, frequency, presence and saved must "
+                       "not be null where occurred_indptr is given");
+  SAPWOOD_CUDA_REQUIRE(p.bias_indptr == nullptr || (p.bias_ids && p.bias && p.saved),
+                       "sample: bias_ids, bias and saved must not be null where bias_indptr is given");
   if (p.num_rows == 0) return SAPWOOD_CUDA_OK;
   SAPWOOD_CUDA_REQUIRE(p.logits && p.temperature && p.top_k && p.top_p && p.min_p && p.seed && p.stream && p.position &&
                            p.want_logprob,
