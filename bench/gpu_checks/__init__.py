@@ -20,13 +20,14 @@ from gpu_checks.matmul import check_small_gemm
 from gpu_checks.moe import check_moe_align, check_moe_combine, check_moe_gemm_small, check_moe_route
 from gpu_checks.moe_prefill import check_moe_gather, check_moe_gemm
 from gpu_checks.sampling import check_sample
+from gpu_checks.shared_prefix import check_prefix_plan, check_shared_prefixes
 
 # Each returns its number of cases; AssertionError where one fails.
 CHECKS: Final[dict[str, Callable[[Device], int]]] = {
     "rms_norm": check_rms_norm,
     "rope_kv_write": check_rope_kv_write,
-    "attention_plan": check_attention_plan,
-    "attention": check_attention,
+    "attention_plan": lambda d: check_attention_plan(d) + check_prefix_plan(d),
+    "attention": lambda d: check_attention(d) + check_shared_prefixes(d),
     "attention_merge": check_attention_merge,
     "silu_mul": check_silu_mul,
     "small_gemm": check_small_gemm,

@@ -3,7 +3,7 @@
 //
 //   Q and the first step's K, V to shared memory
 //   for each step: wait for it; start fetching the next; S = Q K^T; online softmax in f32; O += P V
-//   the rows' output, or their (O, m, l) where the tile has several items
+//   the rows' output, or their (O, m, l) where the tile has several chunks
 //
 // The rows of a tile are packed (query, head) pairs, so that the heads of a KV head share what is read of it. Many rows
 // (kRowWarps = 4): a warp has 16 or 32 rows and all keys of a step. Few rows (kKeyWarps = 4 or 2): all warps have the same 16
@@ -12,7 +12,9 @@
 // Shared memory holds rows of D bf16, whose 16-byte pieces are permuted by row % 8: without it the eight rows that ldmatrix
 // reads at once would lie in the same banks. Keys that no row of the tile sees are zeros there, not what is in the pages.
 //
-// Order of sums of a row: keys ascending within a warp, warps ascending, then attention_merge's items ascending.
+// An item of a shared tile (params.h) differs in where its rows come from and where their (O, m, l) go, and has no masks.
+//
+// Order of sums of a row: keys ascending within a warp, warps ascending, then attention_merge's chunks ascending.
 #include <cstdint>
 
 #include "attention/ranges.cuh"
@@ -61,16 +63,42 @@ __device__ __forceinline__ float Tanh(float x) { return 1.0f - __fdividef(2.0f, 
 
 // What an item is, for one KV head.
 struct Item {
-  int segment, token_begin, first_row, num_rows, q_len, kv_len;
+  int token_begin, first_row, num_rows, q_len, kv_len;
   KeyRange keys;  // those of the tile that lie in the chunk
   const int32_t* pages;
+  bool partial;  // the tile has other chunks too
+  int place;     // of the partial results; of shared rows: counted from each row's first place on
+  const SapwoodAttentionSharedRow* shared_rows;  // of a shared tile, else null
+
+  __device__ SapwoodAttentionSharedRow SharedRow(int row) const {
+    const int4 all = *reinterpret_cast<const int4*>(shared_rows + row);
+    return {all.x, all.y, all.z, all.w};
+  }
 };
 
+template <bool kFewRows>
 __device__ __forceinline__ Item ItemOf(const SapwoodAttentionParams& p, int index, int rows_per_tile) {
+  const auto pages_of = [&](int segment) {
+    return p.page_table + static_cast<int64_t>(p.page_rows[segment]) * p.table_stride;
+  };
   const SapwoodAttentionItem item = p.items[index];
-  const SapwoodAttentionTile tile = p.tiles[item.tile];
   Item of;
-  of.segment = tile.segment;
+  of.shared_rows = nullptr;
+  if constexpr (kFewRows) {
+    if (item.tile < 0) {
+      const int shared_tile = -1 - item.tile;
+      const SapwoodAttentionSharedTile tile = p.shared_tiles[shared_tile];
+      of.token_begin = of.first_row = of.q_len = of.kv_len = 0;  // each row has its own
+      of.num_rows = tile.num_rows;
+      of.keys = {item.chunk * p.chunk_len, (item.chunk + 1) * p.chunk_len};
+      of.pages = pages_of(tile.segment);
+      of.partial = true;
+      of.place = item.chunk;
+      of.shared_rows = p.shared_rows + shared_tile * SAPWOOD_CUDA_ATTENTION_SHARED_ROWS;
+      return of;
+    }
+  }
+  const SapwoodAttentionTile tile = p.tiles[item.tile];
   of.token_begin = p.q_indptr[tile.segment];
   of.q_len = p.q_indptr[tile.segment + 1] - of.token_begin;
   of.kv_len = p.kv_lens[tile.segment];
@@ -78,7 +106,10 @@ __device__ __forceinline__ Item ItemOf(const SapwoodAttentionParams& p, int inde
   of.num_rows = min(rows_per_tile, of.q_len * p.group - tile.first_row);
   const KeyRange all = KeysOfRows(of.first_row, of.first_row + of.num_rows - 1, p.group, of.q_len, of.kv_len, p.window);
   of.keys = {max(all.begin, item.chunk * p.chunk_len), min(all.end, (item.chunk + 1) * p.chunk_len)};
-  of.pages = p.page_table + static_cast<int64_t>(p.page_rows[tile.segment]) * p.table_stride;
+  of.pages = pages_of(tile.segment);
+  of.partial = tile.num_chunks > 1;
+  // Many rows share no prefix: an item is a place.
+  of.place = kFewRows ? tile.first_place + item.chunk - FirstChunk(all, p.chunk_len) : index;
   return of;
 }
 
@@ -113,9 +144,14 @@ struct Block {
       const int row = i / S::kPieces, piece = i % S::kPieces;
       const bool valid = row < item.num_rows && piece * kPiece < p.head_dim;
       const int packed = valid ? item.first_row + row : 0;
-      const __nv_bfloat16* from = static_cast<const __nv_bfloat16*>(p.q) +
-                                  static_cast<int64_t>(item.token_begin + packed / p.group) * p.q_stride +
-                                  (kv_head * p.group + packed % p.group) * p.head_dim;
+      int token = item.token_begin + packed / p.group, head = packed % p.group;
+      if (kFewRows && item.shared_rows != nullptr) {
+        const SapwoodAttentionSharedRow shared_row = item.SharedRow(valid ? row : 0);
+        token = shared_row.token;
+        head = shared_row.head;
+      }
+      const __nv_bfloat16* from = static_cast<const __nv_bfloat16*>(p.q) + static_cast<int64_t>(token) * p.q_stride +
+                                  (kv_head * p.group + head) * p.head_dim;
       CpAsync16(q + Place<kDim>(row, piece), from + (valid ? piece * kPiece : 0), valid);
     }
   }
@@ -157,6 +193,7 @@ struct Block {
         l[t][half] = 0.0f;
         const int row = min(WarpRow() + 16 * t + 8 * half + lane / 4, item.num_rows - 1);
         keys_end[t][half] = KeysOfQuery((item.first_row + row) / p.group, item.q_len, item.kv_len, p.window).end;
+        if (kFewRows && item.shared_rows != nullptr) keys_end[t][half] = item.keys.end;
       }
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
@@ -269,10 +306,16 @@ struct Block {
   }
 
   // Two neighbouring dims of a row, summed over all keys of the item: to the output, or to the partial results.
-  __device__ void Emit(int row, int dim, float x0, float x1, float row_m, float row_l, bool partial, int index) const {
+  __device__ void Emit(int row, int dim, float x0, float x1, float row_m, float row_l) const {
     if (row >= item.num_rows || dim >= p.head_dim) return;
-    if (partial) {
-      const int64_t at = (static_cast<int64_t>(index) * p.num_kv_heads + kv_head) * S::kRows + row;
+    if (item.partial) {
+      int place = item.place, tile_row = row;
+      if (kFewRows && item.shared_rows != nullptr) {
+        const SapwoodAttentionSharedRow shared_row = item.SharedRow(row);
+        place += shared_row.first_place;
+        tile_row = shared_row.tile_row;
+      }
+      const int64_t at = (static_cast<int64_t>(place) * p.num_kv_heads + kv_head) * S::kRows + tile_row;
       *reinterpret_cast<float2*>(p.partial_o + at * p.head_dim + dim) = make_float2(x0, x1);
       if (dim == 0) *reinterpret_cast<float2*>(p.partial_ml + 2 * at) = make_float2(row_m, row_l);
       return;
@@ -291,8 +334,7 @@ struct Block {
   }
 
   __device__ void Finish(int index) {
-    item = ItemOf(p, index, S::kRows);  // anew: the loop has no registers to keep it
-    const bool partial = p.tiles[p.items[index].tile].num_items > 1;
+    item = ItemOf<kFewRows>(p, index, S::kRows);  // anew: the loop has no registers to keep it
 #pragma unroll
     for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll
@@ -309,18 +351,17 @@ struct Block {
           const int row = WarpRow() + 16 * t + 8 * half + lane / 4;
 #pragma unroll
           for (int d = 0; d < kDim / 8; ++d) {
-            Emit(row, 8 * d + lane % 4 * 2, o[t][d][2 * half], o[t][d][2 * half + 1], m[t][half], l[t][half], partial,
-                 index);
+            Emit(row, 8 * d + lane % 4 * 2, o[t][d][2 * half], o[t][d][2 * half + 1], m[t][half], l[t][half]);
           }
         }
       }
     } else {
-      MergeWarps(partial, index);
+      MergeWarps();
     }
   }
 
   // All warps have the same rows: their (O, m, l) meet where K and V were.
-  __device__ void MergeWarps(bool partial, int index) {
+  __device__ void MergeWarps() {
     float* const all_o = reinterpret_cast<float*>(stages);          // [kKeyWarps][16][kDim]
     float* const all_ml = all_o + S::kKeyWarps * S::kRows * kDim;  // [kKeyWarps][16][2]
     __syncthreads();                                              // the last step's K and V have been read
@@ -350,12 +391,12 @@ struct Block {
         x0 += all_o[at * kDim + dim] * weight;
         x1 += all_o[at * kDim + dim + 1] * weight;
       }
-      Emit(row, dim, x0, x1, most, sum, partial, index);
+      Emit(row, dim, x0, x1, most, sum);
     }
   }
 
   __device__ void Run(int index) {
-    item = ItemOf(p, index, S::kRows);
+    item = ItemOf<kFewRows>(p, index, S::kRows);
     // Steps stand at multiples of kKeys: which keys share one does not depend on where the segment's queries begin.
     const int begin = item.keys.begin / S::kKeys * S::kKeys;
     __syncthreads();  // the item before has been read from shared memory
@@ -380,8 +421,8 @@ template <int kDim, bool kFewRows>
 __global__ void __launch_bounds__(Shape<kDim, kFewRows>::kThreads) AttentionKernel(const SapwoodAttentionParams p) {
   SAPWOOD_DYNAMIC_SHARED(shared);
   Block<kDim, kFewRows> block(p, shared);
-  const int num_items = p.counts[1];
-  for (int index = blockIdx.x; index < num_items; index += gridDim.x) block.Run(index);
+  // The count is read anew each time: where rows are many there is no register to keep it.
+  for (int index = blockIdx.x; index < p.counts[1]; index += gridDim.x) block.Run(index);
 }
 
 template <int kDim>
@@ -396,7 +437,7 @@ void LaunchAttention(const SapwoodAttentionParams& p, cudaStream_t stream) {
   }
 }
 
-// A warp per row of a tile that has several items; blocks walk through the tiles.
+// A warp per row of a tile that has several chunks; blocks walk through the tiles.
 constexpr int kMergeWarps = 8;
 
 __global__ void __launch_bounds__(kMergeWarps* kWarp) AttentionMergeKernel(const SapwoodAttentionParams p) {
@@ -404,19 +445,19 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) AttentionMergeKernel(const
   const int num_tiles = p.counts[0];
   for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
     const SapwoodAttentionTile tile = p.tiles[index];
-    if (tile.num_items <= 1) continue;
+    if (tile.num_chunks <= 1) continue;
     const int token_begin = p.q_indptr[tile.segment];
     const int rows = (p.q_indptr[tile.segment + 1] - token_begin) * p.group;
     const int num_rows = min(p.rows_per_tile, rows - tile.first_row);
     for (int row = warp; row < num_rows; row += kMergeWarps) {
       const auto place = [&](int i) {
-        return (static_cast<int64_t>(tile.first_item + i) * p.num_kv_heads + kv_head) * p.rows_per_tile + row;
+        return (static_cast<int64_t>(tile.first_place + i) * p.num_kv_heads + kv_head) * p.rows_per_tile + row;
       };
       const int packed = tile.first_row + row, head = kv_head * p.group + packed % p.group;
       float most = p.sinks != nullptr ? p.sinks[head] * kLog2E : -INFINITY;
-      for (int i = 0; i < tile.num_items; ++i) most = fmaxf(most, p.partial_ml[2 * place(i)]);
+      for (int i = 0; i < tile.num_chunks; ++i) most = fmaxf(most, p.partial_ml[2 * place(i)]);
       float sum = p.sinks != nullptr ? Exp2(p.sinks[head] * kLog2E - most) : 0.0f;
-      for (int i = 0; i < tile.num_items; ++i) {
+      for (int i = 0; i < tile.num_chunks; ++i) {
         sum += p.partial_ml[2 * place(i) + 1] * Exp2(p.partial_ml[2 * place(i)] - most);
       }
       __nv_bfloat16* const out = static_cast<__nv_bfloat16*>(p.out) +
@@ -424,7 +465,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) AttentionMergeKernel(const
                                  static_cast<int64_t>(head) * p.head_dim;
       for (int dim = 2 * lane; dim < p.head_dim; dim += 2 * kWarp) {
         float x0 = 0.0f, x1 = 0.0f;
-        for (int i = 0; i < tile.num_items; ++i) {
+        for (int i = 0; i < tile.num_chunks; ++i) {
           const float weight = Exp2(p.partial_ml[2 * place(i)] - most);
           const float2 part = *reinterpret_cast<const float2*>(p.partial_o + place(i) * p.head_dim + dim);
           x0 = __fmaf_rn(part.x, weight, x0);
@@ -464,11 +505,16 @@ int Check(const char* op, const SapwoodAttentionParams& p) {
                        static_cast<long long>(kv_width * p.page_size), static_cast<long long>(p.page_stride));
   SAPWOOD_CUDA_REQUIRE(p.q && p.out && p.k_pages && p.v_pages && p.page_table && p.page_rows && p.q_indptr &&
                            p.kv_lens && p.tiles && p.items && p.counts && p.partial_o && p.partial_ml,
-                       "%s: no pointer but sinks may be null", op);
+                       "%s: no pointer but sinks, shared_tiles and shared_rows may be null", op);
   SAPWOOD_CUDA_REQUIRE(Aligned(p.q, 16) && Aligned(p.k_pages, 16) && Aligned(p.v_pages, 16) && Aligned(p.out, 4) &&
-                           Aligned(p.partial_o, 8) && Aligned(p.partial_ml, 8),
-                       "%s: q, k_pages and v_pages must be aligned to 16 bytes, out to 4, partial_o and partial_ml to 8",
+                           Aligned(p.partial_o, 8) && Aligned(p.partial_ml, 8) && Aligned(p.shared_rows, 16),
+                       "%s: q, k_pages, v_pages and shared_rows must be aligned to 16 bytes, out to 4, partial_o and "
+                       "partial_ml to 8",
                        op);
+  SAPWOOD_CUDA_REQUIRE((p.shared_tiles == nullptr) == (p.shared_rows == nullptr) &&
+                           (p.shared_tiles == nullptr || (p.rows_per_tile == 16 && p.window == 0)),
+                       "%s: shared_tiles and shared_rows must both be null, or rows_per_tile 16 and window 0, got %d and %d",
+                       op, p.rows_per_tile, p.window);
   return SAPWOOD_CUDA_OK;
 }
 

@@ -13,6 +13,8 @@ POINTERS = (
     "partial_o", "partial_ml",
 )  # fmt: skip
 
+PREFIX_POINTERS = ("prefix_indptr", "prefix_segments", "prefix_lens", "shared_tiles", "shared_rows", "prefix_scratch")
+
 
 def attention(**changes: Any) -> AttentionParams:
     fields: dict[str, Any] = dict.fromkeys(POINTERS, 64)
@@ -43,7 +45,12 @@ def plan(**changes: Any) -> AttentionPlanParams:
         ({"q_stride": 516}, "q_stride must be a multiple of 8 and at least 512, got 516"),
         ({"out_stride": 510}, "out_stride must be even and at least 512, got 510"),
         ({"page_stride": 2040}, "page_stride must be a multiple of 8 and at least 2048, got 2040"),
-        ({"partial_o": None}, "no pointer but sinks may be null"),
+        ({"partial_o": None}, "no pointer but sinks, shared_tiles and shared_rows may be null"),
+        ({"shared_tiles": 64}, "shared_tiles and shared_rows must both be null, or rows_per_tile 16 and window 0"),
+        ({"shared_rows": 64}, "shared_tiles and shared_rows must both be null, or rows_per_tile 16 and window 0"),
+        ({"shared_rows": 72, "shared_tiles": 64}, "and shared_rows must be aligned to 16 bytes"),
+        ({"shared_rows": 64, "shared_tiles": 64, "window": 9}, "or rows_per_tile 16 and window 0, got 16 and 9"),
+        ({"shared_rows": 64, "shared_tiles": 64, "rows_per_tile": 128}, "16 and window 0, got 128 and 0"),
         ({"k_pages": 72}, "aligned to 16 bytes"),
     ],
 )
@@ -63,8 +70,15 @@ def test_attention_names_the_wrong_argument(emulated: CudaLibrary, op: str, chan
         ({"window": -5}, "window must not be negative, got -5"),
         ({"max_items": -1}, "must not be negative, got 4 and -1"),
         ({"counts": None}, "must not be null"),
+        ({"num_prefixes": -1}, "num_prefixes must be in 0..512, got -1"),
+        ({"num_prefixes": 513}, "num_prefixes must be in 0..512, got 513"),
+        ({"window": 8}, "num_prefixes must be 0 where there is a window, got 2 with window = 8"),
+        ({"rows_per_tile": 128}, "rows_per_tile must be 16 where num_prefixes is not 0, got 128"),
+        ({"prefix_scratch": None}, "and prefix_scratch must not be null where num_prefixes is not 0"),
+        ({"shared_rows": 72}, "shared_rows must be aligned to 16 bytes"),
     ],
 )
 def test_plan_names_the_wrong_argument(emulated: CudaLibrary, changes: dict[str, Any], said: str) -> None:
+    changes = dict.fromkeys(PREFIX_POINTERS, 64) | {"num_prefixes": 2} | changes
     assert emulated.status("attention_plan", plan(**changes)) == -1
     assert said in emulated.last_error()
