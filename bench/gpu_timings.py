@@ -11,6 +11,7 @@ Every size can be divided: that is how the tests launch each case on the CPU, th
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import itertools
@@ -284,15 +285,40 @@ class Paged:
         self.kv_lens = torch.full((batch,), kv_len, device=d.name, dtype=torch.int32)
         self.max_tiles = batch * -(-q_len * self.group // rows_per_tile)
         self.max_items = self.max_tiles * -(-kv_len // chunk_len)
+        self.prefix: dict[str, torch.Tensor] = {}
+        self.make_lists(d)
+
+    def make_lists(self, d: Device) -> None:
+        """What a plan writes, and the partial results."""
         self.tiles = empty(d, self.max_tiles, 4, dtype=torch.int32)
         self.items = empty(d, self.max_items, 2, dtype=torch.int32)
         self.counts = empty(d, 3, dtype=torch.int32)
-        partials = (self.max_items, kv_heads, rows_per_tile)
+        partials = (self.max_items, self.kv_heads, self.rows_per_tile)
         self.partial_o = empty(d, *partials, self.dim, dtype=torch.float32)
         self.partial_ml = empty(d, *partials, 2, dtype=torch.float32)
 
+    def share(self, d: Device, tokens: int) -> None:
+        """All segments have their first tokens in the first one's pages; the plan is told of it."""
+        self.table[:, : tokens // self.page_size] = self.table[0, : tokens // self.page_size].clone()
+        self.prefix = {
+            "prefix_indptr": torch.tensor([0, self.batch], device=d.name, dtype=torch.int32),
+            "prefix_segments": torch.arange(self.batch, device=d.name, dtype=torch.int32),
+            "prefix_lens": torch.full((1,), tokens, device=d.name, dtype=torch.int32),
+            "prefix_scratch": empty(d, 2, self.batch, dtype=torch.int32),
+            "shared_tiles": empty(d, self.max_tiles, 2, dtype=torch.int32),
+            "shared_rows": empty(d, self.max_tiles, 16, 4, dtype=torch.int32),
+        }
+
+    def without_prefix(self, d: Device) -> Paged:
+        """The same inputs, lists and outputs of its own, and a plan that is not told."""
+        other = copy.copy(self)
+        other.prefix, other.out = {}, [torch.empty_like(out) for out in self.out]
+        other.make_lists(d)
+        return other
+
     def plan_params(self) -> AttentionPlanParams:
         return AttentionPlanParams(
+            **{name: tensor.data_ptr() for name, tensor in self.prefix.items()}, num_prefixes=bool(self.prefix),
             num_segments=self.batch, q_indptr=self.q_indptr.data_ptr(), kv_lens=self.kv_lens.data_ptr(),
             tiles=self.tiles.data_ptr(), items=self.items.data_ptr(), counts=self.counts.data_ptr(),
             max_tiles=self.max_tiles, max_items=self.max_items, group=self.group, rows_per_tile=self.rows_per_tile,
@@ -301,7 +327,9 @@ class Paged:
 
     def params(self, i: int) -> AttentionParams:
         q, out, pool = self.q[i], self.out[i], self.pool[i]
+        shared = {name: self.prefix[name].data_ptr() for name in ("shared_tiles", "shared_rows") if name in self.prefix}
         return AttentionParams(
+            **shared,
             num_kv_heads=self.kv_heads, q=q.data_ptr(), out=out.data_ptr(), q_stride=q.stride(0),
             out_stride=out.stride(0), k_pages=pool.data_ptr(), v_pages=pool[:, 1].data_ptr(),
             page_stride=pool.stride(0), page_table=self.table.data_ptr(), table_stride=self.table.stride(0),
@@ -395,6 +423,30 @@ def attention(name: str, batch: int, q_len: int, kv_len: int, target_us: float |
     return Case(
         name, ("attention_plan", "attention", "attention_merge"), kv_bytes + 2 * q_bytes,
         4 * batch * kv_heads * group * dim * seen, make, target_us, 2 * kv_bytes + 2 * q_bytes,
+    )  # fmt: skip
+
+
+def cascade(name: str, batch: int, shared: int, own: int, *, kv_heads: int, num_blocks: int) -> Case:
+    """Plan, attention and merge of decodes behind a prefix that they share; beside it, of a plan not told of it."""
+    dim, group, kv_len = 128, 4, shared + own
+    token_bytes, q_bytes = kv_heads * dim * 4, batch * kv_heads * group * dim * 2
+
+    def make(d: Device, sets: int) -> Work:
+        told = Paged(d, sets, batch, 1, kv_len, 16, kv_heads, 16, 512, num_blocks)
+        told.share(d, shared)
+        plain = told.without_prefix(d)
+
+        def launch(i: int, paged: Paged) -> torch.Tensor:
+            d.call("attention_plan", paged.plan_params())
+            d.call("attention", paged.params(i))
+            d.call("attention_merge", paged.params(i))
+            return paged.out[i]
+
+        return Work(functools.partial(launch, paged=told), {"plain": functools.partial(launch, paged=plain)})
+
+    return Case(
+        name, ("attention_plan", "attention", "attention_merge"), (shared + batch * own) * token_bytes + 2 * q_bytes,
+        4 * batch * kv_heads * group * dim * kv_len, make, None, batch * kv_len * token_bytes + 2 * q_bytes,
     )  # fmt: skip
 
 
@@ -715,6 +767,8 @@ def cases(num_processors: int = 132, scale: int = 1) -> list[Case]:
         decode("decode bs1 ctx131072", 1, 131072, 165),
         decode("decode bs256 ctx1024 page1", 256, 1024, 340, page_size=1),
         decode("decode bs8 ctx512", 8, 512, 12),
+        cascade("cascade bs16 4096+256", s(16, 2), s(4096), s(256), kv_heads=kv_heads, num_blocks=blocks),
+        cascade("cascade bs64 4096+256", s(64, 2), s(4096), s(256), kv_heads=kv_heads, num_blocks=blocks),
         attention_plan("plan bs64 ctx4096", s(64), s(4096)),
         attention_plan("plan bs256 ctx1024", s(256), s(1024)),
         attention_plan("plan bs1 ctx131072", 1, s(131072)),

@@ -83,6 +83,9 @@ PlanPacker::PlanPacker(std::vector<KvGroup> groups, int32_t max_rows, int32_t ma
   SAPWOOD_REQUIRE(max_pages > 0 && int64_t{max_pages} * page_size_ <= std::numeric_limits<int32_t>::max(),
                   "max_pages must be positive and max_pages * page_size (", page_size_, ") below 2^31, got ",
                   max_pages);
+  for (int32_t g = num_groups_ - 1; g >= 0; --g) {
+    if (groups[g].kind == KvKind::kFull) full_group_ = g;
+  }
   rows_.resize(max_rows);
   for (Row& row : rows_) row.num_pages.resize(num_groups_);
 }
@@ -196,6 +199,9 @@ bool PlanPacker::MirrorRowOp(const StepPlan& plan, const RowOp& op) {
       SAPWOOD_CHECK(op.count <= max_pages_ - num_pages, "row ", op.row, " has ", num_pages, " pages in group ",
                     op.group, ", ", op.count, " more are above max_pages = ", max_pages_);
       num_pages += op.count;
+      if (op.group == full_group_) {
+        row.pages.insert(row.pages.end(), plan.ints.begin() + op.begin, plan.ints.begin() + op.begin + op.count);
+      }
       return true;
     }
     case RowOpKind::kForceTokens:
@@ -231,6 +237,21 @@ void PlanPacker::MirrorInit(const StepPlan& plan, const RowOp& op) {
   row.min_len = init.min_len;
   row.kv_len = init.kv_len;
   std::fill(row.num_pages.begin(), row.num_pages.end(), 0);
+  row.pages.clear();
+}
+
+std::vector<SharedPrefix> PlanPacker::SharedPrefixes(const StepPlan& plan, int64_t chunk_len) const {
+  SAPWOOD_REQUIRE(chunk_len > 0, "chunk_len must be positive, got ", chunk_len);
+  std::vector<PrefixReader> readers;
+  for (size_t i = 0; i < plan.items.size() && full_group_ >= 0; ++i) {
+    const PlanItem& item = plan.items[i];
+    if (item.kind != ItemKind::kDecode) continue;
+    const Row& row = rows_[item.row];
+    const auto room = static_cast<int64_t>(row.pages.size()) * page_size_;
+    const int64_t before = std::min(row.kv_len - 1, room);  // kv_len is that after the step
+    if (before > 0) readers.push_back({static_cast<int32_t>(i), row.pages.data(), before});
+  }
+  return FindSharedPrefixes(std::move(readers), page_size_, chunk_len);
 }
 
 void PlanPacker::PackItems(const StepPlan& plan, Writer* writer, PackedPlan* packed) {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "batch/plan.h"
+#include "batch/shared_prefix.h"
 
 namespace sapwood {
 
@@ -51,6 +52,11 @@ class PlanPacker {
   // certainly is until a sample of it is planned. The rest the device reports.
   PackedPlan Pack(const StepPlan& plan, std::span<uint8_t> out);
 
+  // Of the plan packed last: its decode items behind the same pages of the first group that keeps all tokens, as segments
+  // of the step, in whole chunks of chunk_len tokens that lie before every one's new token. Right whether rows live or not:
+  // a dead one's pages are still what the mirror has.
+  std::vector<SharedPrefix> SharedPrefixes(const StepPlan& plan, int64_t chunk_len) const;
+
   // The plan's step was not launched, or not to its end: none of the rows it names may run again before its next init.
   // Later row ops of them are dropped, and the next blob ends those that are alive on the device.
   void Fail(const StepPlan& plan);
@@ -66,6 +72,7 @@ class PlanPacker {
     int64_t kv_len = 0;  // if it is alive
     int64_t last_sequence = 0;  // newest plan with an item of it
     std::vector<int32_t> num_pages;  // [group]
+    std::vector<PageId> pages;       // of full_group_
   };
   class Writer;
 
@@ -76,6 +83,7 @@ class PlanPacker {
   void CheckItem(const StepPlan& plan, size_t index) const;
 
   int32_t num_groups_, page_size_, max_pages_, max_stop_ids_;
+  int32_t full_group_ = -1;  // the first that keeps all tokens; -1: there is none
   std::vector<Row> rows_;
   std::vector<std::pair<int32_t, uint32_t>> ended_;  // (row, gen) that the next blob ends
   int64_t sequence_ = 0;

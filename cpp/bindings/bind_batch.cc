@@ -4,6 +4,7 @@
 #include "batch/batch_builder.h"
 #include "batch/plan_packer.h"
 #include "batch/row_table.h"
+#include "batch/shared_prefix.h"
 #include "bindings/bindings.h"
 #include "program/sample_rows.h"
 #include "sampling/sampler.h"
@@ -129,9 +130,44 @@ py::dict PreparedDict(const StepPlan& plan, const StepBatch& batch, const RowTab
   return out;
 }
 
+// (indptr, segments, lens), as attention_plan takes them.
+py::tuple PrefixArrays(const std::vector<SharedPrefix>& prefixes, int64_t chunk_len) {
+  std::vector<int32_t> indptr{0}, segments, lens;
+  for (const SharedPrefix& prefix : prefixes) {
+    segments.insert(segments.end(), prefix.segments.begin(), prefix.segments.end());
+    indptr.push_back(static_cast<int32_t>(segments.size()));
+    lens.push_back(static_cast<int32_t>(prefix.chunks * chunk_len));
+  }
+  return py::make_tuple(Copy<int32_t>(indptr), Copy<int32_t>(segments), Copy<int32_t>(lens));
+}
+
+py::tuple SharedPrefixArrays(const py::array_t<PageId, py::array::c_style>& page_table,
+                             const py::array_t<int64_t, py::array::c_style>& tokens, int64_t page_size,
+                             int64_t chunk_len) {
+  SAPWOOD_REQUIRE(page_table.ndim() == 2 && tokens.ndim() == 1 && tokens.shape(0) == page_table.shape(0),
+                  "find_shared_prefixes: page_table must be [segments, pages] and tokens [segments], got ",
+                  page_table.ndim(), " and ", tokens.ndim(), " dimensions, ", page_table.size(), " and ", tokens.size(),
+                  " elements");
+  SAPWOOD_REQUIRE(page_size > 0 && chunk_len > 0, "find_shared_prefixes: page_size and chunk_len must be positive, got ",
+                  page_size, " and ", chunk_len);
+  const int64_t width = page_table.shape(1);
+  std::vector<PrefixReader> readers;
+  for (int64_t s = 0; s < tokens.shape(0); ++s) {
+    const int64_t num_tokens = tokens.data()[s];
+    SAPWOOD_REQUIRE(num_tokens <= width * page_size, "find_shared_prefixes: tokens of segment ", s, " must be at most ",
+                    width * page_size, ", which page_table has room for, got ", num_tokens);
+    if (num_tokens > 0) {
+      readers.push_back({static_cast<int32_t>(s), page_table.data() + s * width, num_tokens});
+    }
+  }
+  return PrefixArrays(FindSharedPrefixes(std::move(readers), page_size, chunk_len), chunk_len);
+}
+
 }  // namespace
 
 void BindBatch(py::module_& m) {
+  m.def("find_shared_prefixes", &SharedPrefixArrays, py::arg("page_table").noconvert(), py::arg("tokens").noconvert(),
+        py::arg("page_size"), py::arg("chunk_len"));
   m.attr("FINISHED_STOP") = static_cast<int>(kFinishedStop);
   m.attr("FINISHED_LENGTH") = static_cast<int>(kFinishedLength);
   m.attr("HELD") = static_cast<int>(kHeld);
@@ -362,6 +398,12 @@ void BindBatch(py::module_& m) {
             return packer.Pack(plan, {static_cast<uint8_t*>(out.mutable_data()), static_cast<size_t>(out.size())});
           },
           py::arg("plan"), py::arg("out"))
+      .def(
+          "shared_prefixes",
+          [](const PlanPacker& packer, const StepPlan& plan, int64_t chunk_len) {
+            return PrefixArrays(packer.SharedPrefixes(plan, chunk_len), chunk_len);
+          },
+          py::arg("plan"), py::arg("chunk_len"))
       .def("fail", &PlanPacker::Fail, py::arg("plan"));
   m.def(
       "finish_packed",

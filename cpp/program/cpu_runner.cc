@@ -16,6 +16,7 @@
 
 #include "base/check.h"
 #include "base/huge_buffer.h"
+#include "batch/shared_prefix.h"
 #include "program/arena.h"
 #include "program/fp_mode.h"
 #include "program/program_check.h"
@@ -54,15 +55,14 @@ struct AttentionItem {
   int64_t chunk_begin, chunk_end;
   int64_t cost;
   int64_t partial = -1;         // of a cut: float offset of its partial results; -1: not cut
-  int32_t prefix = -1;          // the SharedPrefix whose rows these are
+  int32_t prefix = -1;          // the ReadTogether whose rows these are
   int64_t shared_partial = -1;  // of a segment behind a shared prefix: float offset of its rows' results there
   int64_t shared_chunks = 0;
 };
 
 // Decoding segments whose first chunks are in the same pages: what is read once is multiplied with the rows of all.
-struct SharedPrefix {
-  std::vector<int32_t> segments, tokens;
-  int64_t chunks;
+struct ReadTogether : SharedPrefix {
+  std::vector<int32_t> tokens;  // of each segment
 };
 
 }  // namespace
@@ -79,7 +79,7 @@ struct CpuRunner::Impl {
   HugeBuffer qkv_scratch;            // f32 [max_step_tokens][widest qkv]
   std::vector<HugeBuffer> attention_scratch;  // [thread]
   std::vector<std::vector<float>> sampler_scratch;  // [thread]
-  std::vector<std::vector<SharedPrefix>> shared_prefixes;  // [group], of this step
+  std::vector<std::vector<ReadTogether>> shared_prefixes;  // [group], of this step
   std::vector<AttentionItem> attention_items;
   std::vector<AttentionItem> attention_cuts;  // uncut forms of those that were cut, to be merged
   HugeBuffer attention_partials;
@@ -258,61 +258,19 @@ struct CpuRunner::Impl {
     });
   }
 
-  // Groups of decoding segments by their first pages. A segment joins one group at most: with those that have the most
-  // reading in common with it, not with all that share some chunks.
-  void FindSharedPrefixes(const StepBatch& batch) {
+  // Of decoding segments: a chunk that holds a row's own token is not shared.
+  void FindPrefixes(const StepBatch& batch) {
     shared_prefixes.assign(layouts.size(), {});
     for (size_t g = 0; g < layouts.size(); ++g) {
       if (config.groups[g].kind != KvKind::kFull) continue;
-      const std::vector<const PageId*>& tables = batch.page_tables[g];
-      const int64_t pages_per_chunk = kAttentionChunk / layouts[g].page_size;
-      // Chunks that a row sees whole, but for that of its own token.
-      const auto whole_chunks = [&](int32_t s) { return (batch.segments[s].kv_len - 1) / kAttentionChunk; };
-      std::vector<int32_t> candidates;
+      std::vector<PrefixReader> readers;
       for (size_t s = 0; s < batch.segments.size(); ++s) {
-        if (batch.segments[s].q_len == 1 && whole_chunks(static_cast<int32_t>(s)) > 0) {
-          candidates.push_back(static_cast<int32_t>(s));
-        }
+        const Segment& segment = batch.segments[s];
+        if (segment.q_len == 1) readers.push_back({static_cast<int32_t>(s), batch.page_tables[g][s], segment.kv_len - 1});
       }
-      std::stable_sort(candidates.begin(), candidates.end(),
-                       [&](int32_t a, int32_t b) { return tables[a][0] < tables[b][0]; });
-      std::vector<std::pair<int64_t, int32_t>> common;  // chunks in common with the leader, segment
-      std::vector<int32_t> rest;
-      for (size_t i = 0; i < candidates.size();) {
-        const int32_t leader = candidates[i++];
-        common.clear();
-        rest.clear();
-        for (; i < candidates.size() && tables[candidates[i]][0] == tables[leader][0]; ++i) {
-          const int32_t other = candidates[i];
-          const int64_t pages = std::min(whole_chunks(leader), whole_chunks(other)) * pages_per_chunk;
-          const auto differ = std::mismatch(tables[leader], tables[leader] + pages, tables[other]);
-          const int64_t chunks = (differ.first - tables[leader]) / pages_per_chunk;
-          if (chunks > 0) {
-            common.push_back({chunks, other});
-          } else {
-            rest.push_back(other);
-          }
-        }
-        std::stable_sort(common.begin(), common.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
-        size_t best = 0;  // how many of them join
-        int64_t best_saved = 0;
-        for (size_t n = 1; n <= common.size(); ++n) {
-          const int64_t saved = static_cast<int64_t>(n) * common[n - 1].first;
-          if (saved > best_saved) {
-            best_saved = saved;
-            best = n;
-          }
-        }
-        for (size_t n = best; n < common.size(); ++n) rest.push_back(common[n].second);
-        // They have the leader's first page still: the next round begins with them.
-        i -= rest.size();
-        std::copy(rest.begin(), rest.end(), candidates.begin() + static_cast<int64_t>(i));
-        if (best == 0) continue;
-        SharedPrefix prefix{{leader}, {batch.segments[leader].q_begin}, common[best - 1].first};
-        for (size_t n = 0; n < best; ++n) {
-          prefix.segments.push_back(common[n].second);
-          prefix.tokens.push_back(batch.segments[common[n].second].q_begin);
-        }
+      for (SharedPrefix& found : FindSharedPrefixes(std::move(readers), layouts[g].page_size, kAttentionChunk)) {
+        ReadTogether prefix{std::move(found), {}};
+        for (int32_t s : prefix.segments) prefix.tokens.push_back(batch.segments[s].q_begin);
         shared_prefixes[g].push_back(std::move(prefix));
       }
     }
@@ -341,9 +299,9 @@ struct CpuRunner::Impl {
     };
     std::vector<Behind> behind(batch.segments.size());
     const auto num_chunks = [&](int32_t s) { return CeilDiv(batch.segments[s].kv_len, kAttentionChunk); };
-    const std::vector<SharedPrefix>& prefixes = shared_prefixes[group];
+    const std::vector<ReadTogether>& prefixes = shared_prefixes[group];
     for (size_t p = 0; window == 0 && p < prefixes.size(); ++p) {
-      const SharedPrefix& prefix = prefixes[p];
+      const ReadTogether& prefix = prefixes[p];
       const auto rows = static_cast<int32_t>(prefix.segments.size());
       int64_t own_chunks = 0;
       for (int32_t s : prefix.segments) own_chunks += num_chunks(s) - prefix.chunks;
@@ -682,7 +640,7 @@ void CpuRunner::Forward(const StepBatch& batch, const RowTable& rows) {
   const ScopedFpMode fp_mode;
   im.BeginStep(batch, rows);
   if (batch.num_tokens == 0) return;
-  im.FindSharedPrefixes(batch);
+  im.FindPrefixes(batch);
   im.RunSegment(SegmentKind::kForward, [&](const NodeDesc& node) { im.RunNode(node, batch, batch.num_tokens, 0); });
 }
 

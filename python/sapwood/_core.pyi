@@ -212,6 +212,13 @@ class Executor:
     def take_trace(self) -> list[StepTrace]: ...
     def recorded_plans(self) -> list[bytes]: ...
 
+# Segments whose page tables begin alike (-1 behind their ends), each of `tokens` tokens that it may have in common with
+# others, 0 where none: (indptr, segments, lens); prefix i is that of segments[indptr[i] : indptr[i + 1]], lens[i]
+# tokens, a multiple of chunk_len.
+def find_shared_prefixes(
+    page_table: np.ndarray, tokens: np.ndarray, page_size: int, chunk_len: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
 # A RowTable for executors written in Python (the reference executor).
 class RowTable:
     def __init__(self, groups: Sequence[KvGroup], max_rows: int, vocab_size: int = 0) -> None: ...  # 0: of any size
@@ -250,6 +257,8 @@ class PlanPacker:
     def bytes_needed(self, plan: StepPlan) -> int: ...
     # out: writeable uint8 [>= bytes_needed]. A bad plan raises, and has failed then.
     def pack(self, plan: StepPlan, out: np.ndarray) -> PackedPlan: ...
+    # Of the plan packed last, as find_shared_prefixes has them: decode items behind the same pages.
+    def shared_prefixes(self, plan: StepPlan, chunk_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
     def fail(self, plan: StepPlan) -> None: ...  # it was not launched: its rows may not run again before an init
 
 # From the block that the plan's step left on the device; sequence 0: of any packing of this step_id.

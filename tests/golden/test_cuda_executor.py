@@ -186,3 +186,55 @@ def test_flashinfer_that_is_not_installed(built: Built, monkeypatch: pytest.Monk
 def test_what_it_cannot_do_is_refused(built: Built, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidRequest, match=said):
         Driver(built.bf16_dir, device="cuda", **settings)
+
+
+SHORT_CHUNKS = (cuda_attention.Tiling(1, 32, 16, 64), cuda_attention.Tiling(33, 2**30, 128, 64))
+
+
+class Packer:
+    """A PlanPacker whose shared prefixes are the test's business."""
+
+    def __init__(self, inner: Any, find: Any) -> None:
+        self.inner, self.find = inner, find
+
+    def shared_prefixes(self, plan: Any, chunk_len: int) -> Any:
+        return self.find(self.inner.shared_prefixes(plan, chunk_len))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def generate_sharing(built: Built, find: Any, **settings: Any) -> list[Any]:
+    """Prompts behind 150 and 100 tokens of one that came before."""
+    base = prompts_of(1)[0] * 60
+    prompts = [base[:150] + own for own in prompts_of(3)] + [base[:100] + prompts_of(1)[0]]
+    with Driver(built.bf16_dir, device="cuda", **settings) as driver:
+        driver.model.executor._packer = Packer(driver.model.executor._packer, find)
+        driver.generate([base[:150]], 1)
+        return driver.generate(prompts, NUM_NEW)
+
+
+@named("llama-gqa2-tied")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_shared_prefixes_change_no_bit(built: Built, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that decode behind pages of one earlier prompt read these once, and compute what each would alone."""
+    monkeypatch.setattr(cuda_attention, "tilings", lambda head_dim, deterministic: SHORT_CHUNKS)
+    found = []
+
+    def keep(prefixes: Any) -> Any:
+        found.append(prefixes)
+        return prefixes
+
+    shared = generate_sharing(built, keep, disable_cuda_graph=not graphs)
+    assert max(lens[0] for _, _, lens in found if len(lens)) == 128
+    assert any(len(lens) == 0 for _, _, lens in found)  # with prefixes and without, through the same graphs
+    assert shared == generate_sharing(built, lambda _: None, disable_cuda_graph=not graphs)
+
+
+@named("llama-gqa2-tied")
+def test_a_plan_that_fails_ends_the_step(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose lists of attention's work were wrong is an error, not tokens."""
+    monkeypatch.setattr(cuda_attention, "tilings", lambda head_dim, deterministic: SHORT_CHUNKS)
+    wrong = np.array([0, 2], np.int32), np.array([0, 99], np.int32), np.array([64], np.int32)
+    with pytest.raises(AssertionError, match="attention_plan failed with 2"):
+        generate_sharing(built, lambda _: wrong)

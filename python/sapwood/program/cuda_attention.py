@@ -20,14 +20,25 @@ from sapwood.program.ir import Node, Program
 # Of partial results of rows whose keys are split. More than a step needs fewer than this for are rare (64 rows of 16k
 # tokens, 8 KV heads of 128: 128 MiB); such a step takes memory of its own and no graph.
 PARTIAL_BYTES: Final = 256 * 2**20
+MAX_PREFIXES: Final = 512  # that rows share, of a step (cuda/attention/params.h)
+SHARED_ROWS: Final = 16  # of a tile of such rows
+
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepLens:
-    """What the host knows of a step's segments: query tokens [S], and most keys [S] (fewer where a row has ended)."""
+    """What the host knows of a step's segments.
 
-    q_lens: np.ndarray[Any, np.dtype[np.int32]]
+    q_lens      [S] query tokens
+    kv_bounds   [S] most keys: fewer where a row has ended
+    prefixes    those that decoding segments share (_core.PlanPacker.shared_prefixes); None: nobody has looked
+    """
+
+    q_lens: Ints
     kv_bounds: np.ndarray[Any, np.dtype[np.int64]]
+    prefixes: tuple[Ints, Ints, Ints] | None = None
 
 
 class AttentionBackend(Protocol):
@@ -37,8 +48,15 @@ class AttentionBackend(Protocol):
     # Whether `begin` and `attend` of a step of decodes may be captured into a graph and replayed for other lengths.
     in_graphs: bool
 
+    # In chunks of so many tokens a prefix that decoding segments share is read once for all; 0: it is not.
+    shared_chunk: int
+
     def fits_graph(self, lens: StepLens) -> bool:
         """Whether a captured step of decodes has room for these."""
+        ...
+
+    def load(self, lens: StepLens) -> None:
+        """Bring what a step needs of the host to the device; comes before `begin` and before a graph."""
         ...
 
     def begin(self, shape: StepShape, lens: StepLens | None) -> None:
@@ -51,6 +69,8 @@ class AttentionBackend(Protocol):
         """
         ...
 
+
+_NONE: Final = np.zeros(0, np.int32)
 
 # --- sapwood
 
@@ -90,6 +110,8 @@ class _Work:
     counts: torch.Tensor
     partial_o: torch.Tensor
     partial_ml: torch.Tensor
+    shared_tiles: torch.Tensor | None  # of rows that share a prefix, where this tiling can have some
+    shared_rows: torch.Tensor | None
 
 
 class SapwoodAttention:
@@ -137,9 +159,38 @@ class SapwoodAttention:
             for t in self._tilings
         }
         self._step: list[_Work] = []
+        # Rows of a window have not the same first key, and only the small tiles take rows of several segments.
+        self.shared_chunk = self._tilings[0].chunk_len if self._can_share(self._tilings[0], 0) else 0
+        self._prefix_indptr = self._ints(MAX_PREFIXES + 1)
+        self._prefix_segments = self._ints(rows.max_rows)
+        self._prefix_lens = self._ints(MAX_PREFIXES)
+        self._prefix_scratch = self._ints(2, rows.max_rows)
+        self._has_prefixes = False
+
+    def _can_share(self, t: Tiling, window: int) -> bool:
+        return t.rows_per_tile == SHARED_ROWS and window == 0 and 0 in self._windows
+
+    def _ints(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self._rows.device)
 
     def fits_graph(self, lens: StepLens) -> bool:
         return all(self._num_items(t, lens) <= self._most_items(t) for t in self._tilings)
+
+    def load(self, lens: StepLens) -> None:
+        indptr, segments, prefix_lens = lens.prefixes or (_NONE, _NONE, _NONE)
+        count = min(len(prefix_lens), MAX_PREFIXES)
+        if count == 0 and not self._has_prefixes:
+            return
+        # Those after the last are empty: the list's capacity is what a graph was captured with.
+        whole = np.full(MAX_PREFIXES + 1, indptr[count] if count else 0, np.int32)
+        whole[:count] = indptr[:count]
+        for there, here in (
+            (self._prefix_indptr, whole),
+            (self._prefix_segments, segments),
+            (self._prefix_lens, prefix_lens[:count]),
+        ):
+            there[: len(here)].copy_(torch.from_numpy(here), non_blocking=True)
+        self._has_prefixes = count > 0
 
     def begin(self, shape: StepShape, lens: StepLens | None) -> None:
         self._step.clear()
@@ -154,16 +205,23 @@ class SapwoodAttention:
                 # More than there is room for: memory of this step's own, which the allocator keeps for the next.
                 work = self._take(t, window, len(work.tiles), num_items)
             self._step.append(work)
-            self._call(
-                "attention_plan",
-                AttentionPlanParams(
-                    num_segments=shape.num_segments, q_indptr=arrays.q_indptr.data_ptr(),
-                    kv_lens=arrays.kv_lens.data_ptr(), tiles=work.tiles.data_ptr(), items=work.items.data_ptr(),
-                    counts=work.counts.data_ptr(), max_tiles=len(work.tiles), max_items=len(work.items),
-                    group=self._group, rows_per_tile=t.rows_per_tile, chunk_len=t.chunk_len, window=window,
-                    min_rows=t.min_rows, max_rows=t.max_rows,
-                ),
+            params = AttentionPlanParams(
+                num_segments=shape.num_segments, q_indptr=arrays.q_indptr.data_ptr(),
+                kv_lens=arrays.kv_lens.data_ptr(), tiles=work.tiles.data_ptr(), items=work.items.data_ptr(),
+                counts=work.counts.data_ptr(), failed=self._rows.failed.data_ptr(), max_tiles=len(work.tiles),
+                max_items=len(work.items), group=self._group, rows_per_tile=t.rows_per_tile, chunk_len=t.chunk_len,
+                window=window, min_rows=t.min_rows, max_rows=t.max_rows,
             )  # fmt: skip
+            # A graph must serve steps with prefixes and without; by itself, a plan without is cheaper.
+            if work.shared_tiles is not None and work.shared_rows is not None and (lens is None or self._has_prefixes):
+                params.num_prefixes = MAX_PREFIXES
+                params.prefix_indptr = self._prefix_indptr.data_ptr()
+                params.prefix_segments = self._prefix_segments.data_ptr()
+                params.prefix_lens = self._prefix_lens.data_ptr()
+                params.prefix_scratch = self._prefix_scratch.data_ptr()
+                params.shared_tiles = work.shared_tiles.data_ptr()
+                params.shared_rows = work.shared_rows.data_ptr()
+            self._call("attention_plan", params)
 
     def attend(self, node: Node, q: torch.Tensor, out: torch.Tensor, kv: torch.Tensor, shape: StepShape) -> None:
         p, arrays = node.params, self._rows.arrays
@@ -177,8 +235,11 @@ class SapwoodAttention:
                 page_stride=kv.stride(0), page_table=table.data_ptr(), table_stride=table.stride(0),
                 page_rows=arrays.page_rows.data_ptr(), q_indptr=arrays.q_indptr.data_ptr(),
                 kv_lens=arrays.kv_lens.data_ptr(), tiles=work.tiles.data_ptr(), items=work.items.data_ptr(),
-                counts=work.counts.data_ptr(), partial_o=work.partial_o.data_ptr(),
-                partial_ml=work.partial_ml.data_ptr(), group=self._group, head_dim=self._head_dim,
+                counts=work.counts.data_ptr(),
+                shared_tiles=None if work.shared_tiles is None else work.shared_tiles.data_ptr(),
+                shared_rows=None if work.shared_rows is None else work.shared_rows.data_ptr(),
+                partial_o=work.partial_o.data_ptr(), partial_ml=work.partial_ml.data_ptr(), group=self._group,
+                head_dim=self._head_dim,
                 page_size=self._rows.page_size, rows_per_tile=work.tiling.rows_per_tile,
                 chunk_len=work.tiling.chunk_len, window=work.window, scale=float(p["scale"]),
                 softcap=float(p["softcap"]), num_blocks=self._num_blocks,
@@ -207,10 +268,11 @@ class SapwoodAttention:
         partial = self._partial
         if max_items > self._most_items(t):
             partial = torch.empty(max_items * self._item_floats(t), dtype=torch.float32, device=device)
-        tiles = torch.zeros((max_tiles, 4), dtype=torch.int32, device=device)
-        items = torch.zeros((max_items, 2), dtype=torch.int32, device=device)
-        counts = torch.zeros(3, dtype=torch.int32, device=device)
-        return _Work(t, window, tiles, items, counts, partial, partial[rows * self._head_dim :])
+        lists = (self._ints(max_tiles, 4), self._ints(max_items, 2), self._ints(3))
+        shared: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if self._can_share(t, window):
+            shared = (self._ints(max_tiles, 2), self._ints(max_tiles, SHARED_ROWS, 4))
+        return _Work(t, window, *lists, partial, partial[rows * self._head_dim :], *shared)
 
 
 # --- flashinfer
@@ -224,6 +286,7 @@ class FlashInferAttention:
 
     name = "flashinfer"
     in_graphs = False
+    shared_chunk = 0
     HEAD_DIMS: Final = (64, 128, 256)
     WORKSPACE_BYTES: Final = 256 * 2**20
 
@@ -258,6 +321,9 @@ class FlashInferAttention:
 
     def fits_graph(self, lens: StepLens) -> bool:
         return False
+
+    def load(self, lens: StepLens) -> None:
+        pass
 
     def begin(self, shape: StepShape, lens: StepLens | None) -> None:
         assert lens is not None  # only a capture has none
@@ -300,6 +366,7 @@ class ReferenceAttention:
 
     name = "reference"
     in_graphs = False
+    shared_chunk = 0
 
     def __init__(self, program: Program, rows: DeviceRows) -> None:
         self._rows = rows
@@ -308,6 +375,9 @@ class ReferenceAttention:
 
     def fits_graph(self, lens: StepLens) -> bool:
         return False
+
+    def load(self, lens: StepLens) -> None:
+        pass
 
     def begin(self, shape: StepShape, lens: StepLens | None) -> None:
         arrays, count = self._rows.arrays, shape.num_segments

@@ -29,12 +29,12 @@ import numpy as np
 import torch
 
 from sapwood import _core
-from sapwood.errors import InvalidRequest
+from sapwood.errors import InvalidRequest, SapwoodError
 from sapwood.program.cuda_attention import AttentionBackend, StepLens
 from sapwood.program.cuda_completion import Completion, Ticket
 from sapwood.program.cuda_graphs import Graph, GraphPool, bucket_of, decode_buckets, run_buckets
 from sapwood.program.cuda_model import CudaModel
-from sapwood.program.cuda_rows import DeviceRows, StepShape
+from sapwood.program.cuda_rows import FAILED_BYTES, DeviceRows, StepShape
 from sapwood.program.ir import Node, Program
 from sapwood.program.plan_executor import Trace
 
@@ -62,7 +62,7 @@ class StepLauncher:
         """
         self.model = model
         self._rows = model.rows
-        self._attention = attention
+        self.attention = attention
         self._pool = GraphPool(stream)
         self._forward, self._head = segments(model.program)
         self._runs = runs_between_attention(self._forward)
@@ -98,7 +98,7 @@ class StepLauncher:
         lens = StepLens(np.zeros(0, np.int32), np.zeros(0, np.int64))
         self._rows.apply_row_ops()
         self._begin(shape, lens)
-        self.model.launch(self.model.program.nodes, shape, self._attention)
+        self.model.launch(self.model.program.nodes, shape, self.attention)
         self._rows.sample(self._logits(shape.num_logit_rows), bans=True)
         self._rows.commit()
 
@@ -108,21 +108,22 @@ class StepLauncher:
         def launch() -> None:
             self._rows.apply_row_ops()
             self._begin(shape, None)
-            self.model.launch(self._forward, shape, self._attention)
-            self.model.launch(self._head, shape, self._attention)
+            self.model.launch(self._forward, shape, self.attention)
+            self.model.launch(self._head, shape, self.attention)
 
         return self._pool.capture(launch)
 
     def _capture_run(self, run: int, tokens: int) -> Graph:
         shape = StepShape(tokens, 1, 0)
-        return self._pool.capture(lambda: self.model.launch(self._runs[run][0], shape, self._attention))
+        return self._pool.capture(lambda: self.model.launch(self._runs[run][0], shape, self.attention))
 
     def forward(self, num_tokens: int, num_logit_rows: int, lens: StepLens) -> torch.Tensor:
         """Row ops to logits [L, vocab] of the plan in the blob."""
         num_segments = len(lens.q_lens)
+        self.attention.load(lens)
         if num_tokens == num_segments == num_logit_rows:
             rows = bucket_of(num_segments, self._decode_buckets)
-            if rows is not None and self._attention.fits_graph(lens):
+            if rows is not None and self.attention.fits_graph(lens):
                 self.num_steps["decode graph"] += 1
                 self._decode_graphs[rows].replay()
                 return self._logits(num_logit_rows)
@@ -133,17 +134,17 @@ class StepLauncher:
         self._begin(shape, lens)
         for run, (nodes, attention) in enumerate(self._runs):
             if tokens is None:
-                self.model.launch(nodes, shape, self._attention)
+                self.model.launch(nodes, shape, self.attention)
             else:
                 self._run_graphs[run, tokens].replay()
-            self.model.launch(attention, shape, self._attention)
-        self.model.launch(self._head, shape, self._attention)
+            self.model.launch(attention, shape, self.attention)
+        self.model.launch(self._head, shape, self.attention)
         return self._logits(num_logit_rows)
 
     def _begin(self, shape: StepShape, lens: StepLens | None) -> None:
         self._rows.prepare(shape)
         self.model.begin(shape)
-        self._attention.begin(shape, lens)
+        self.attention.begin(shape, lens)
 
     def _logits(self, num_logit_rows: int) -> torch.Tensor:
         lm_head = next(node for node in self._head if node.op == "lm_head")
@@ -209,7 +210,7 @@ class CudaExecutor:
         self._plans: queue.SimpleQueue[tuple[Any, int] | None] = queue.SimpleQueue()
         self._places: queue.SimpleQueue[_Place] = queue.SimpleQueue()
         for _ in range(MAX_QUEUED):
-            self._places.put(_Place(self._pinned(1 << 16), self._pinned(packer.result_bytes)))
+            self._places.put(_Place(self._pinned(1 << 16), self._pinned(len(rows.answer))))
         self._lock = threading.RLock()
         self._steps: collections.deque[_Step] = collections.deque()  # launched, not read
         self._events: list[tuple[str, int, Any]] = []
@@ -325,7 +326,12 @@ class CudaExecutor:
             log.error("step %d failed: %s", step.plan.step_id, step.ticket.error)
             return _core.RowTable.fail(step.plan, step.ticket.error)
         assert step.place is not None
-        return _core.finish_packed(step.plan, step.place.result.numpy(), step.sequence)
+        answer = step.place.result
+        if failed := int(answer[-FAILED_BYTES:].view(torch.int32)[0]):
+            raise SapwoodError(
+                f"attention_plan failed with {failed} (cuda/attention/params.h): no room for a step, or wrong prefixes"
+            )
+        return _core.finish_packed(step.plan, answer[:-FAILED_BYTES].numpy(), step.sequence)
 
     # --- the thread
 
@@ -362,12 +368,14 @@ class CudaExecutor:
             with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 self._rows.blob[: packed.num_bytes].copy_(place.plan[: packed.num_bytes], non_blocking=True)
                 self.launcher.model.copy_pages(packed.copies)
-                lens = StepLens(packed.q_lens, packed.kv_bounds)
+                chunk = self.launcher.attention.shared_chunk
+                prefixes = self._packer.shared_prefixes(plan, chunk) if chunk else None
+                lens = StepLens(packed.q_lens, packed.kv_bounds, prefixes)
                 logits = self.launcher.forward(packed.num_tokens, packed.num_logit_rows, lens)
                 if len(logits):
                     self._rows.sample(logits, bans=packed.any_banned)
                 self._rows.commit()
-                place.result.copy_(self._rows.result, non_blocking=True)
+                place.result.copy_(self._rows.answer, non_blocking=True)
             step = _Step(plan, place, self._completion.ticket(), packed.sequence, submit_ns, queued_ns)
             with self._lock:
                 self._steps.append(step)

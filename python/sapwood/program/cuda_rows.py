@@ -28,6 +28,7 @@ from sapwood.program.cuda_library import (
 MAX_GROUPS: Final = 8
 RESULT_HEADER_BYTES: Final = 64
 RESULT_ITEM_BYTES: Final = 16
+FAILED_BYTES: Final = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,10 @@ class DeviceRows:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.blob = zeros(blob_bytes, dtype=torch.uint8)
-        self.result = zeros(RESULT_HEADER_BYTES + RESULT_ITEM_BYTES * max_rows, dtype=torch.uint8)
+        # The step's result, and behind it what goes back with it in the same copy: `failed`, where plans of attention's
+        # work collect what is wrong with them (cuda/attention/params.h) until the host zeroes it.
+        self.answer = zeros(RESULT_HEADER_BYTES + RESULT_ITEM_BYTES * max_rows + FAILED_BYTES, dtype=torch.uint8)
+        self.result, self.failed = self.answer[:-FAILED_BYTES], self.answer[-FAILED_BYTES:].view(torch.int32)
         self.drawn = zeros(3, max_rows)  # tokens, log-probabilities (float32 bits), bad
         i64, f32 = torch.int64, torch.float32
         sampling = {
