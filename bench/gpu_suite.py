@@ -1,23 +1,36 @@
-"""Builds, checks and times the CUDA kernels on a machine with a GPU: `python bench/gpu_suite.py [--stage ...]`.
+"""Builds, checks and times the CUDA kernels, then device "cuda" as a whole, on a machine with a GPU:
+`python bench/gpu_suite.py [--stage ...]`.
 
 Stages, in order; a failure in one does not keep the next from running, but the exit status is 1 then:
     build   libsapwood_cuda.so with CMake and nvcc, for this GPU (left out where --lib names one): seconds, and each
-            kernel's registers and spills; and sapwood._core, to compare the sampler with, where it is not installed
-    check   every kernel against a torch fp64 reference (bench/gpu_checks/), each op in a process of its own
+            kernel's registers and spills; and sapwood._core, which the engine and the sampler's check need, where it is
+            not installed. About 3 minutes on 16 cores
+    check   every kernel against a torch fp64 reference (bench/gpu_checks/), each op in a process of its own. 2 minutes
     time    this GPU's ceilings (copy, read, bf16 product), then the cases of bench/gpu_timings.py: us, GB/s and
             TFLOP/s, as shares of the ceilings, next to torch and to the case's target. One process, too: where a case
-            kills it, or takes 60 s, another goes on behind that case
+            kills it, or takes 60 s, another goes on behind that case. 3 minutes
+    host    what a step costs the host and how soon it hears of a step's end (bench/gpu_host.py). 2 minutes
+    engine  device "cuda" against device "cpu", token by token (bench/gpu_tokens.py), then the speed of an 8B-shaped
+            model (bench/gpu_engine.py) next to plain torch and transformers (bench/gpu_peers.py). 6 to 8 minutes
+The minutes are estimates. host and engine run where they are asked for, one command each where commands have a limit:
 
-    python bench/gpu_suite.py --out "$OUT"                             # everything
+    python bench/gpu_suite.py --out "$OUT"                             # build, check, time
+    python bench/gpu_suite.py --stage host --out "$OUT"                # after build; build,host on a new machine
+    python bench/gpu_suite.py --stage engine --out "$OUT"
+    python bench/gpu_suite.py --stage engine --only tokens,speed       # cases of gpu_host.CASES and gpu_engine.CASES
     python bench/gpu_suite.py --stage time --only 'decode*,small_gemm'
     python bench/gpu_suite.py --stage check --sanitizer memcheck,racecheck --only attention
 
-After --budget-s nothing is started, and what was left out is named. --out gets results.json (a list, to which each
-stage is appended), table.md and, where matplotlib is there, plot.png. Columns: target = the target over our time;
-others = their time over ours (above 1 ours is faster); error = relative difference from the first of them.
+host and engine need msgspec and numpy, and take uvloop, flashinfer and transformers where they are; without a network,
+`pip download` them elsewhere and put the unpacked wheels on PYTHONPATH. What is missing is named at the start.
 
---emulated LIB rehearses check and time on the CPU with the library that tests/cuda/ builds and sizes divided by 64; its
-times mean nothing. Without torch, a GPU or (for build) nvcc it says so and exits with status 2.
+After --budget-s nothing is started, and what was left out is named. --out gets results.json (a list, to which each
+stage is appended), table.md and, where matplotlib is there, plot.png; of host and engine also STAGE.jsonl, each row as
+it comes, and STAGE.log, what their processes said. Columns of time: target = the target over our time; others = their
+time over ours (above 1 ours is faster); error = relative difference from the first of them.
+
+--emulated LIB rehearses all but build on the CPU with the library that tests/cuda/ builds and small sizes; its times
+mean nothing. Without torch, a GPU or (for build) nvcc it says so and exits with status 2.
 """
 
 from __future__ import annotations
@@ -25,6 +38,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import fnmatch
+import importlib.util
 import json
 import os
 import re
@@ -40,13 +54,20 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 if TYPE_CHECKING:
     from gpu_checks.device import Device
+    from gpu_steps import Case
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-STAGES: Final = ("build", "check", "time")
+STAGES: Final = ("build", "check", "time", "host", "engine")
+KERNEL_STAGES: Final = STAGES[:3]
+CASE_STAGES: Final = STAGES[3:]
 CHECK_S: Final = 90.0  # for the checks of one op
 CASE_S: Final = 60.0  # for one case of the time stage; the first also imports torch
 CHECK_JOBS: Final = 4
 REHEARSAL_SCALE: Final = 64
+# Packages that sapwood itself imports, without which there is neither host nor engine, and those that add rows there:
+# another event loop, an attention backend, a peer.
+REQUIRED: Final = ("numpy", "msgspec")
+OPTIONAL: Final = ("uvloop", "flashinfer", "transformers")
 # Each kind of kernel once, and quick under a sanitizer.
 SANITIZED_OPS: Final = (
     "rms_norm", "rope_kv_write", "silu_mul", "small_gemm", "attention", "attention_merge", "moe_align",
@@ -424,6 +445,131 @@ def watch(process: subprocess.Popen[bytes], path: Path, budget: Budget, case_s: 
             return ended
 
 
+# --- Host and engine ------------------------------------------------------------------------------------------
+def lacks(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
+
+
+def cases_of(stage: str) -> Sequence[Case]:
+    """None where a package is missing that all of them need."""
+    if any(lacks(name) for name in REQUIRED):
+        return ()
+    import gpu_engine
+    import gpu_host
+
+    return {"host": gpu_host.CASES, "engine": gpu_engine.CASES}.get(stage, ())
+
+
+def missing_packages(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """(those that host and engine need, those that only add rows)."""
+    needed = [name for name in REQUIRED if lacks(name)]
+    if not needed and not has_core(core_tree(args) / "package"):
+        needed.append("sapwood._core (--stage build makes it)")
+    return needed, [name for name in OPTIONAL if lacks(name)]
+
+
+def case_stage(args: argparse.Namespace, stage: str, budget: Budget, cases: Sequence[Case]) -> list[Row]:
+    """Each case in a process of its own, and in another one behind a measurement that kills it. Rows as they were
+    told."""
+    needed, optional = missing_packages(args)
+    if needed or optional:
+        print(f"{stage}: missing {', '.join([*needed, *optional])}", flush=True)
+    if needed:
+        return [{"name": "everything", "missing": f"no {', '.join(needed)}"}]
+    path, log = args.out / f"{stage}.jsonl", args.out / f"{stage}.log"
+    path.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as models:
+        for case in cases:
+            if case.package in optional:
+                add_row(path, {"name": case.name, "skipped": f"{case.package} is not installed"})
+                continue
+            run_case(args, stage, case, budget, path, log, models)
+    return [row for row in read_rows(path) if "name" in row or "ceilings" in row]
+
+
+def run_case(
+    args: argparse.Namespace, stage: str, case: Case, budget: Budget, path: Path, log: Path, models: str
+) -> None:
+    while True:
+        if budget.left() < 1:
+            add_row(path, {"name": case.name, "missing": NO_TIME})
+            return
+        command = child_command(args, stage, "--only", case.name, "--rows", str(path), "--models", models)
+        before = len(read_rows(path))
+        with log.open("a") as file:
+            print(f"--- {case.name}", file=file, flush=True)
+            process = subprocess.Popen(command, stdout=file, stderr=file)
+        ended = watch(process, path, budget, case.limit_s)
+        rows = read_rows(path)[before:]
+        dead = [row["begin"] for row in rows if "begin" in row]
+        dead = dead[-1:] if not any(row.get("end") == dead[-1] for row in rows if dead) else []
+        if ended != ENDED_WELL:
+            last = " / ".join(log.read_text(errors="replace").strip().splitlines()[-2:])[-250:]
+            key, text = ("missing", NO_TIME) if ended == NO_TIME else ("failure", f"died, {ended}: {last}")
+            rows.append({"name": dead[0] if dead else f"{case.name}, outside its measurements", key: text})
+            add_row(path, rows[-1])
+        for row in rows:
+            if "name" in row:
+                print(f"{stage}: {describe_case(row)}", flush=True)
+        if ended in (ENDED_WELL, NO_TIME) or not dead:
+            return
+
+
+def add_row(path: Path, row: Row) -> None:
+    """On a line of its own, whatever a dying process has left."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(row) + "\n")
+
+
+def case_child(args: argparse.Namespace) -> int:
+    """Runs the case that --only names; its rows go to args.rows."""
+    import gpu_steps
+
+    case = next(case for case in cases_of(args.child) if case.name == args.only[0])
+    device = open_device(args)
+    emulated = args.emulated is not None
+    bench = gpu_steps.Bench(device.library, args.rows, args.models, emulated=emulated, known=read_rows(args.rows))
+    case.run(bench)
+    return 0
+
+
+def case_table(rows: Iterable[Row]) -> list[list[str]]:
+    """Header and cells of host's and engine's tables."""
+    table = [["what", "value", "unit", "target", "verdict", "note"]]
+    for row in rows:
+        if "name" not in row:
+            continue
+        value = format_value(row["value"]) if "value" in row else ""
+        target = f"{row['wanted']} {row['target']:g}" if "target" in row else ""
+        verdict = ("met" if row["met"] else "MISSED") if "met" in row else ""
+        verdict = "FAIL" if "failure" in row else verdict
+        note = row.get("note", "")
+        for key, word in (("failure", ""), ("missing", "NOT RUN: "), ("skipped", "skipped: ")):
+            note = word + row[key] if key in row else note
+        table.append([row["name"], value, row.get("unit", ""), target, verdict, note])
+    return table
+
+
+def format_value(value: float) -> str:
+    """Four digits."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def describe_case(row: Row) -> str:
+    return "  ".join(filter(None, case_table([row])[1]))
+
+
+def missed_targets(rows: Iterable[Row]) -> list[str]:
+    """One line that names every target that was missed; none where there is none."""
+    missed = [
+        f"{row['name']} ({format_value(row['value'])}, {row['wanted']} {row['target']:g})" if "value" in row
+        else f"{row['name']} ({row['note']})"
+        for row in rows if row.get("met") is False
+    ]  # fmt: skip
+    return [f"TARGETS MISSED: {'; '.join(missed)}"] if missed else []
+
+
 # --- What is written ------------------------------------------------------------------------------------------
 def time_table(rows: Iterable[Row]) -> list[list[str]]:
     """Header and cells of the time stage's table."""
@@ -479,6 +625,9 @@ def markdown(facts: Mapping[str, Any], results: Mapping[str, Sequence[Row]]) -> 
         parts += ["## Sanitizer", "\n".join(f"- {describe_sanitized(row)}" for row in results["sanitizer"])]
     if "time" in results:
         parts += ["## Time", describe_ceilings(results["time"]), pipes(time_table(results["time"]))]
+    for stage in CASE_STAGES:
+        if stage in results:
+            parts += [f"## {stage.capitalize()}", pipes(case_table(results[stage])), *missed_targets(results[stage])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -576,11 +725,14 @@ def choices(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stage", type=choices(STAGES), default=list(STAGES), help="comma list (default: all three)")
+    p.add_argument(
+        "--stage", type=choices(STAGES), default=list(KERNEL_STAGES), metavar="STAGES",
+        help=f"comma list of {', '.join(STAGES)} (default: the first three)",
+    )  # fmt: skip
     p.add_argument("--lib", type=Path, help="a libsapwood_cuda.so that is already built")
     p.add_argument("--tree", type=Path, default=ROOT / "build-cuda", help="CMake tree of the build stage")
     p.add_argument("--archs", help="CMAKE_CUDA_ARCHITECTURES of the build (default: this GPU's), or portable = 80-real")
-    p.add_argument("--only", type=comma_list, help="ops or cases of the time stage, comma list; * and ? match")
+    p.add_argument("--only", type=comma_list, help="ops, or cases of a stage, comma list; * and ? match")
     p.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results (default: %(default)s)")
     p.add_argument("--budget-s", type=float, default=520.0, help="seconds for everything (default: %(default)s)")
     p.add_argument(
@@ -588,8 +740,9 @@ def parser() -> argparse.ArgumentParser:
         help=f"runs checks (those of --only, or a few) under compute-sanitizer: {', '.join(SANITIZERS)}",
     )  # fmt: skip
     p.add_argument("--emulated", type=Path, metavar="LIB", help="rehearse on the CPU with this emulated library")
-    p.add_argument("--child", choices=("check", "time"), help=argparse.SUPPRESS)
+    p.add_argument("--child", choices=("check", "time", *CASE_STAGES), help=argparse.SUPPRESS)
     p.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    p.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     return p
 
 
@@ -607,6 +760,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return check_child(args)
     if args.child == "time":
         return time_child(args)
+    if args.child in CASE_STAGES:
+        return case_child(args)
 
     if args.emulated:
         args.stage = [stage for stage in args.stage if stage != "build"]
@@ -624,7 +779,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quit_without(f"{args.emulated or library_of(args)} does not exist (--stage build makes it)")
 
     ops, names = selected(args)
-    if not ops and not names:
+    cases = {stage: selected_cases(args, stage) for stage in CASE_STAGES if stage in args.stage}
+    if not ops and not names and not any(cases.values()):
         p.error(f"--only {','.join(args.only)}: no such op or case; there are {', '.join(every_name(args))}")
     args.out.mkdir(parents=True, exist_ok=True)
     facts = facts_of(args)
@@ -664,6 +820,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not plot(args.out / "plot.png", f"{facts.get('gpu')}: {describe_ceilings(rows)}", rows):
             print("time: no plot without matplotlib and rows")
         print(f"{describe_ceilings(rows)}\n{aligned(time_table(rows))}")
+    for stage, chosen in cases.items():
+        begin = time.monotonic()
+        keep(stage, case_stage(args, stage, budget, chosen), begin)
+        print(f"{stage}:\n{aligned(case_table(results[stage]))}")
     return summarise(results)
 
 
@@ -676,9 +836,14 @@ def selected(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     return ops, [case.name for case in gpu_timings.cases() if matches(args.only, case.name, *case.ops)]
 
 
+def selected_cases(args: argparse.Namespace, stage: str) -> list[Case]:
+    return [case for case in cases_of(stage) if matches(args.only, case.name)]
+
+
 def every_name(args: argparse.Namespace) -> list[str]:
-    ops, names = selected(argparse.Namespace(**{**vars(args), "only": None}))
-    return [*ops, *names]
+    everything = argparse.Namespace(**{**vars(args), "only": None})
+    ops, names = selected(everything)
+    return [*ops, *names, *(case.name for stage in args.stage for case in selected_cases(everything, stage))]
 
 
 def summarise(results: Mapping[str, Sequence[Row]]) -> int:
@@ -689,6 +854,8 @@ def summarise(results: Mapping[str, Sequence[Row]]) -> int:
             name = f"{stage} {row.get('tool', '')} {row.get('op') or row.get('name')}".replace("  ", " ")
             failed += [name] if "failure" in row else []
             missing += [name] if "missing" in row else []
+    for line in missed_targets([row for rows in results.values() for row in rows]):
+        print(line)
     if missing:
         print(f"NOT RUN: {', '.join(missing)}")
     if failed:

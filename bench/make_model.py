@@ -147,8 +147,13 @@ def shards(shapes: Mapping[str, tuple[int, ...]], shard_bytes: int) -> Iterator[
         yield group
 
 
-def write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator) -> None:
-    """One safetensors file of bf16: norms are 1, everything else is normal with std 0.02. Holds 16M values at most."""
+def write_shard(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator, std: float | None = 0.02
+) -> None:
+    """One safetensors file of bf16: norms are 1, everything else is normal. Holds 16M values at most.
+
+    std   of the values; None: 1 / sqrt(row length), which keeps a product as large as its input
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -166,24 +171,28 @@ def write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], rng: np.rando
             remaining = math.prod(shape)
             while remaining:
                 values = rng.standard_normal(min(remaining, 1 << 24), dtype=np.float32)
-                values *= np.float32(0.02)
+                values *= np.float32(std if std is not None else shape[-1] ** -0.5)
                 # bf16 is the upper half of a float32; cut instead of rounded, which nobody can tell from noise.
                 file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
                 remaining -= len(values)
 
 
-def write_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]], seed: int, shard_bytes: int) -> int:
-    """model.safetensors, or numbered files and their index where there are several. Returns the weight bytes."""
+def write_weights(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], seed: int, shard_bytes: int, std: float | None = 0.02
+) -> int:
+    """model.safetensors, or numbered files and their index where there are several; std as in write_shard. Returns the
+    weight bytes.
+    """
     rng = np.random.default_rng(seed)
     groups = list(shards(shapes, shard_bytes))
     total = num_weight_bytes(shapes)
     if len(groups) == 1:
-        write_shard(directory / "model.safetensors", groups[0], rng)
+        write_shard(directory / "model.safetensors", groups[0], rng, std)
         return total
     weight_map: dict[str, str] = {}
     for i, group in enumerate(groups, 1):
         name = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        write_shard(directory / name, group, rng)
+        write_shard(directory / name, group, rng, std)
         weight_map |= dict.fromkeys(group, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
