@@ -253,6 +253,7 @@ def host_engine(bench: Bench, num_layers: int | None) -> gpu_steps.Served:
         max_total_tokens=bench.pick(65536, 1024),
         max_running_requests=bench.pick(256, 8),
         chunked_prefill_size=bench.pick(512, 64),
+        max_step_ms=0,  # prompts first, then decodes alone
     )
 
 

@@ -98,23 +98,24 @@ class Bench:
 
     def measure(self, name: str, take: Callable[[], Iterable[Row]]) -> bool:
         """Tell the rows that `take` yields; what it raises is a row. Does nothing where it was begun before. Whether
-        all rows came.
+        all rows came. Raises where the device is lost, so that this process ends here and another one goes on.
         """
         if name in self._begun:
             return False
         self._begun.add(name)
         self.tell({"begin": name})
-        problem = None
+        failed = False
         try:
             for found in take():
                 self.tell(found)
         except Exception as error:  # whatever it is, it is this measurement's result
-            problem = error
+            failed = True
             self.tell({"name": name, "failure": f"{type(error).__name__}: {error}"[:400]})
-        self.tell({"end": name})
         if not self.emulated:
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
-        return problem is None
+        self.tell({"end": name})
+        return not failed
 
     def value(self, name: str) -> float | None:
         """Of a row told before, in any process of this stage."""

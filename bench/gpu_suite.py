@@ -175,7 +175,8 @@ def build_stage(args: argparse.Namespace, archs: str) -> tuple[list[Row], bool]:
     if not rows:
         print("  nothing was compiled: it was built before")
     if core is not None and core.exception() is not None:
-        print(f"{''.join(core_log)[-1500:]}\nbuild: no sapwood._core, so the check of `sample` will fail (see above)")
+        print("".join(core_log)[-1500:])
+        print("build: no sapwood._core (see above), so host, engine and the check of `sample` will fail")
     return rows, True
 
 
@@ -491,6 +492,7 @@ def case_stage(args: argparse.Namespace, stage: str, budget: Budget, cases: Sequ
 def run_case(
     args: argparse.Namespace, stage: str, case: Case, budget: Budget, path: Path, log: Path, models: str
 ) -> None:
+    """Until a process ends well, the budget ends, or one dies where another would die, too."""
     while True:
         if budget.left() < 1:
             add_row(path, {"name": case.name, "missing": NO_TIME})
@@ -502,8 +504,8 @@ def run_case(
             process = subprocess.Popen(command, stdout=file, stderr=file)
         ended = watch(process, path, budget, case.limit_s)
         rows = read_rows(path)[before:]
-        dead = [row["begin"] for row in rows if "begin" in row]
-        dead = dead[-1:] if not any(row.get("end") == dead[-1] for row in rows if dead) else []
+        finished = {row["end"] for row in rows if "end" in row}
+        dead = [row["begin"] for row in rows if "begin" in row and row["begin"] not in finished]
         if ended != ENDED_WELL:
             last = " / ".join(log.read_text(errors="replace").strip().splitlines()[-2:])[-250:]
             key, text = ("missing", NO_TIME) if ended == NO_TIME else ("failure", f"died, {ended}: {last}")

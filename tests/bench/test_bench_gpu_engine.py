@@ -83,13 +83,14 @@ def test_host_steps(make_bench: MakeBench) -> None:
     assert rows["plan to device, 64 KB"]["value"] > 0 and rows["result to host, 1 KB"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_tokens(make_bench: MakeBench) -> None:
     bench = make_bench()
     gpu_tokens.tokens(bench)
     rows = told(bench)
     for name in ("tokens llama", "tokens, no graphs", "tokens, no overlap", "tokens, small graphs",
                  "tokens, reference attention", "tokens, small pool", "tokens, deterministic"):  # fmt: skip
-        assert rows[name]["tokens"] >= 20 and rows[name]["value"] > 0.9
+        assert rows[name]["tokens"] >= 20 and rows[name]["value"] > 0.8  # near ties
     for name in ("alone", "prefix hits", "no graphs", "no overlap", "other chunks"):
         assert rows[f"deterministic, {name}"]["value"] == 1
     assert rows["tokens llama, prefix hits"]["cached_tokens"] > 0
@@ -114,6 +115,7 @@ def test_every_family_loads(family: str, tmp_path: Path) -> None:
     assert max(answer.logprobs) > 1.5 - np.log(shape["vocab_size"])
 
 
+@pytest.mark.slow
 def test_speed(make_bench: MakeBench) -> None:
     bench = make_bench()
     gpu_engine.ceilings(bench)
@@ -389,7 +391,7 @@ def test_cases_are_chosen_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[
 CHILD = """
 import json, os, sys, time
 rows, how = sys.argv[1:]
-begun = [json.loads(line).get("begin") for line in open(rows) if line.strip()] if os.path.exists(rows) else []
+begun = open(rows).read() if os.path.exists(rows) else ""
 print("its last words", file=sys.stderr)
 with open(rows, "a") as file:
     def tell(row):
@@ -397,7 +399,7 @@ with open(rows, "a") as file:
     if how == "at once":
         os.abort()
     for name in "abc":
-        if name in begun:
+        if '{"begin": "%s"}' % name in begun:
             continue
         tell({"begin": name})
         if name == "b":
@@ -416,20 +418,25 @@ with open(rows, "a") as file:
 
 
 def run_cases(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float = 60, package: str | None = None
+    how: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    budget_s: float = 60,
+    limit_s: float = 60,
+    package: str | None = None,
 ) -> list[dict[str, Any]]:
     (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.setattr(
         gpu_suite, "child_command",
         lambda args, kind, *more: [sys.executable, str(tmp_path / "child.py"), more[more.index("--rows") + 1], how],
     )  # fmt: skip
-    case = gpu_steps.Case("case", lambda bench: None, 1.5, package)
+    case = gpu_steps.Case("case", lambda bench: None, limit_s, package)
     return gpu_suite.case_stage(arguments_of(tmp_path), "engine", gpu_suite.Budget(budget_s), [case])
 
 
 @pytest.mark.parametrize("how", ["abort", "unfinished", "hang"])
 def test_a_case_goes_on_behind_what_kills_it(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = run_cases(how, tmp_path, monkeypatch)
+    rows = run_cases(how, tmp_path, monkeypatch, limit_s=1.5 if how == "hang" else 60)
     assert [(row["name"], row.get("value")) for row in rows] == [("a", 1.0), ("b", None), ("c", 1.0)]
     assert ("no result within 2 s" if how == "hang" else "killed by SIGABRT: ") in rows[1]["failure"]
     assert "its last words" in rows[1]["failure"]
@@ -445,8 +452,7 @@ def test_a_case_that_dies_outside_its_measurements(tmp_path: Path, monkeypatch: 
 def test_a_budget_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = run_cases("", tmp_path, monkeypatch, budget_s=0)
     assert row == {"name": "case", "missing": gpu_suite.NO_TIME}
-    monkeypatch.setattr(gpu_suite, "watch", lambda *arguments: gpu_suite.NO_TIME)
-    rows = run_cases("hang", tmp_path, monkeypatch)
+    rows = run_cases("hang", tmp_path, monkeypatch, budget_s=1.2)
     assert rows[-1]["missing"] == gpu_suite.NO_TIME and gpu_suite.summarise({"engine": rows}) == 0
 
 
