@@ -167,6 +167,17 @@ def test_torch_decodes_what_it_prefills() -> None:
     assert len(set(at_once)) > 10
 
 
+def test_torch_turns_by_distance() -> None:
+    """Positions moved by the same leave q k^T as it was, and a turn leaves lengths."""
+    decoder = gpu_peers.Decoder(gpu_steps.tiny(make_model.SHAPES["llama-3.1-8b"]), 64, "cpu")
+    decoder.cos, decoder.sin = decoder.cos.double(), decoder.sin.double()
+    q, k = torch.randn(2, 9, 16, dtype=torch.float64)
+    at = torch.arange(9)
+    here, there = (decoder.turn(q, at + n) @ decoder.turn(k, at + n).T for n in (0, 40))
+    assert torch.allclose(here, there, atol=0.1) and not torch.allclose(here, q @ k.T, atol=0.5)
+    assert torch.allclose(decoder.turn(q, at).norm(dim=1), q.norm(dim=1), rtol=0.02)
+
+
 def test_transformers(make_bench: MakeBench) -> None:
     """A peer that cannot run here is said to have been left out, with its words; that is no failure of ours."""
     pytest.importorskip("transformers")
@@ -324,7 +335,8 @@ def test_measure(make_bench: MakeBench, tmp_path: Path) -> None:
     assert [row.get("name", row.get("begin")) for row in rows] == ["first", "a", "first", None]
     assert rows[1]["met"] is False and rows[2]["failure"] == "ValueError: no b" and rows[3] == {"end": "first"}
     again = make_bench(rows)
-    assert not again.measure("first", half) and again.measure("second", lambda: [gpu_steps.row("c", 2.0, "s")])
+    assert not again.measure("first", half) and len(again.known) == len(rows)
+    assert again.measure("second", lambda: [gpu_steps.row("c", 2.0, "s")])
     assert again.value("a") == 1.0 and again.value("first") is None
     found = again.compared(gpu_steps.row("d", 0.5, "s", note="x"), "a", "the default")
     assert found["note"] == "x; 0.50 of the default"
