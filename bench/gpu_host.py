@@ -160,12 +160,12 @@ def other_stream(bench: Bench, devices: Any) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def _replays(bench: Bench, devices: Any, mode: str | None) -> list[float]:
+def _replays(bench: Bench, devices: Any, mode: str) -> list[float]:
     """Seconds of each replay, with steps beside them until the last. mode: of Completion; other words: no report."""
     num_replays = bench.pick(100, 3)
-    if bench.emulated:
-        stream, replay = None, lambda: None
-    else:
+    stream: Any = None
+    replay: Any = None
+    if not bench.emulated:
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(30):
@@ -175,7 +175,8 @@ def _replays(bench: Bench, devices: Any, mode: str | None) -> list[float]:
     marks = [devices.mark(stream)]
     with devices.on(stream):
         for _ in range(num_replays):
-            replay()
+            if replay is not None:
+                replay()
             marks.append(devices.mark(stream))
 
     def busy(done: int) -> bool:

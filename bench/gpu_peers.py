@@ -81,7 +81,7 @@ class Decoder:
         for i, (qkv, out, gate_up, down) in enumerate(self.layers):
             normed = nn.rms_norm(x, self.norm.shape, self.norm, self.eps)
             heads = nn.linear(normed, qkv).view(count, -1, self.dim).transpose(0, 1)[None]
-            q, k, v = torch.split(heads, (self.heads, self.kv_heads, self.kv_heads), 1)
+            q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], 1)
             q, k = self.turn(q, positions), self.turn(k, positions)
             keys, values = self.cache[i]
             keys.index_copy_(2, positions, k)
