@@ -417,8 +417,9 @@ struct Block {
   }
 };
 
+// Two blocks of a processor: told nothing, ptxas aims at more where shared memory has no room for them, and spills.
 template <int kDim, bool kFewRows>
-__global__ void __launch_bounds__(Shape<kDim, kFewRows>::kThreads) AttentionKernel(const SapwoodAttentionParams p) {
+__global__ void __launch_bounds__(Shape<kDim, kFewRows>::kThreads, 2) AttentionKernel(const SapwoodAttentionParams p) {
   SAPWOOD_DYNAMIC_SHARED(shared);
   Block<kDim, kFewRows> block(p, shared);
   // The count is read anew each time: where rows are many there is no register to keep it.
