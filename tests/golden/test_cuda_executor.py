@@ -66,6 +66,14 @@ def test_any_page_size(built: Built, page_size: int) -> None:
     check(built, page_size=page_size)
 
 
+@named("qwen3-mixed")
+def test_every_graph_is_counted_before_it_is_captured(built: Built) -> None:
+    with Driver(built.bf16_dir, device="cuda") as driver:
+        launcher = driver.model.executor.launcher
+        captures = launcher.largest_captures()
+        assert len(captures) == 2 and sum(count for _, count in captures) == launcher.num_graphs > 50
+
+
 @named("qwen3-mixed")  # a window, and two groups of pages
 def test_launch_by_launch(built: Built) -> None:
     ways = check(built, disable_cuda_graph=True)

@@ -172,8 +172,8 @@ class CudaDevice:
     def _measure(self) -> int:
         """Free bytes once everything has been used that is going to be used, the pool apart.
 
-        Runs the largest step, over a pool of one page, and captures the largest graph of each kind; the others are
-        reckoned to need as much, for what a graph itself takes: their memory they share.
+        Runs the largest step, over a pool of one page, and captures the largest graph of each kind: the others of its
+        kind are taken to need as much, though what they work in they share.
         """
         assert self._stream is not None
         self._take_pool([1] * len(self.groups))
@@ -181,12 +181,13 @@ class CudaDevice:
             self._launcher.warm_up(self._max_tokens)
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
-        before = torch.cuda.mem_get_info(self._device)[0]
-        sample, num_graphs = self._launcher.capture_sample()
-        torch.cuda.synchronize(self._device)
-        after = torch.cuda.mem_get_info(self._device)[0]
-        graph_bytes = (before - after) // max(1, len(sample)) * num_graphs
-        sample.clear()
+        graphs, graph_bytes = [], 0
+        for capture, count in self._launcher.largest_captures():
+            before = torch.cuda.mem_get_info(self._device)[0]
+            graphs.append(capture())
+            torch.cuda.synchronize(self._device)
+            graph_bytes += max(0, before - torch.cuda.mem_get_info(self._device)[0]) * count
+        graphs.clear()
         torch.cuda.empty_cache()
         return max(0, torch.cuda.mem_get_info(self._device)[0] - graph_bytes)
 

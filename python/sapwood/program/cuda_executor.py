@@ -16,13 +16,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import queue
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -86,11 +87,17 @@ class StepLauncher:
             for run in range(len(self._runs)):
                 self._run_graphs[run, tokens] = self._capture_run(run, tokens)
 
-    def capture_sample(self) -> tuple[list[Graph], int]:
-        """The largest graph of each kind, and how many `capture` will make."""
-        graphs = [self._capture_decode(rows) for rows in self._decode_buckets[-1:]]
-        graphs += [self._capture_run(0, tokens) for tokens in self._run_buckets[-1:]]
-        return graphs, len(self._decode_buckets) + len(self._run_buckets) * len(self._runs)
+    def largest_captures(self) -> list[tuple[Callable[[], Graph], int]]:
+        """How to capture the largest graph of each kind, and how many of the kind `capture` will make."""
+        captures: list[tuple[Callable[[], Graph], int]] = []
+        for rows in self._decode_buckets[-1:]:
+            captures.append((functools.partial(self._capture_decode, rows), len(self._decode_buckets)))
+        for tokens in self._run_buckets[-1:]:
+            # The second run holds a layer, the first and the last are shorter.
+            run = min(1, len(self._runs) - 1)
+            num_runs = len(self._run_buckets) * len(self._runs)
+            captures.append((functools.partial(self._capture_run, run, tokens), num_runs))
+        return captures
 
     def warm_up(self, num_tokens: int) -> None:
         """A step of num_tokens of padding, launch by launch, with as many logit rows as there are rows."""
