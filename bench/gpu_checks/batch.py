@@ -278,6 +278,7 @@ class Rows:
         self.commit(arrays["page_rows"], drawn, drawn.astype(np.float32), 0 * drawn)
         result = self.finish(plan, packed.sequence)
         assert result.error and result.items() == [] and result.num_tokens == 0
+        assert not self.result.numpy()[16:40].any(), "counts of a failed step"
         text: str = result.error
         return text
 
@@ -701,8 +702,10 @@ def check_prepare_step(d: Device) -> int:
         assert "item 1 (extend of row 1): its page table in group 0 has only 2 pages" in error, error
         assert_ended(pair, [3])
 
-        for ids, tokens, position in (([-1], 5, 8), ([4] * 3 + [-1] + [5] * 16, 60, 20)):
-            pair = two_live_rows(d, Sizes())
+        # In the first page of several, in one that only lane 0 looks at, in the second round of the lanes.
+        ahead = ([-1], 5, 8), ([4] * 3 + [-1] + [5] * 16, 60, 20), ([4] * 35 + [-1] + [5] * 16, 190, 148)
+        for ids, tokens, position in ahead:
+            pair = two_live_rows(d, Sizes(max_pages=60))
             writer = PlanWriter(2)
             for g in range(2):
                 writer.op(APPEND, 1, 5, group=g, ids=ids if g == group else [3] * len(ids))
@@ -711,7 +714,18 @@ def check_prepare_step(d: Device) -> int:
             error = pair.device.fail(writer)
             assert f"item 1 (extend of row 1): no page for position {position} in group {group}" in error, error
             assert_ended(pair, [2])
-        cases += 3
+        # The row's next position lies inside the page that is missing, alone or as the first of several.
+        for tokens in (1, 3):
+            pair = two_live_rows(d, Sizes())
+            writer = PlanWriter(2).init(2, 8, 6)
+            for g in range(2):
+                writer.op(APPEND, 2, 8, group=g, ids=[1, -1 if g == group else 2, 3])
+            writer.extend(2, 8, 6, [1] * tokens, 0)
+            raises_in_table(pair, writer)
+            error = pair.device.fail(writer)
+            assert f"item 0 (extend of row 2): no page for position 6 in group {group}" in error, error
+            assert_ended(pair, [1, 3])
+        cases += 6
     pair = two_live_rows(d, Sizes())
     writer = PlanWriter(2).decode(3, 7).extend(2, 6, 5, [1], 0).extend(1, 5, 4, [1], 0)
     raises_in_table(pair, writer)

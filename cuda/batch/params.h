@@ -23,9 +23,9 @@
  * page_size: here kv_len = q_len, which is at most max_pages * page_size. Nothing writes that page, so what padding
  * computes is finite.
  *
- * Errors. What RowTable throws on becomes the result's error. After a wrong row op no item runs, beside a wrong item the
- * others do; in both cases commit_step ends every row that the plan names (as cpp/program/executor.cc does), and the host
- * reports the step as failed. */
+ * Errors. What RowTable throws on becomes the result's error. After a wrong row op no item runs, beside a wrong item
+ * the others do; in both cases commit_step ends every row that the plan names (as cpp/program/executor.cc does), and
+ * the host reports the step as failed. */
 #ifndef SAPWOOD_CUDA_BATCH_PARAMS_H_
 #define SAPWOOD_CUDA_BATCH_PARAMS_H_
 
