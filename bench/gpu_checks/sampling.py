@@ -22,6 +22,7 @@ from gpu_checks.guard import before_guard
 from sapwood.program.cuda_library import SampleParams
 
 CANARY: Final = -77
+UNSAVED: Final = float(np.float32(1.25e33))  # no row holds it
 GUARD: Final = 16  # elements on both sides of an output
 FLT_MAX: Final = float(np.finfo(np.float32).max)
 LIST_SIZE: Final = 4096  # of the kernel: more candidates than that are searched in the row
@@ -123,7 +124,7 @@ def sample(
         biases = csr(d, [draw.logit_bias for draw in draws], [(i, 1e4) for i in ids], [np.int32, np.float32])
         lists |= zip(names, biases, strict=True)
         saved += int(lists["bias_indptr"][-1])
-    scratch = torch.full((saved + 2 * GUARD,), CANARY, dtype=torch.float32, device=d.name)
+    scratch = torch.full((saved + 2 * GUARD,), UNSAVED, dtype=torch.float32, device=d.name)
     if "occurred_ids" in lists or "bias_ids" in lists:
         lists["saved"] = scratch[GUARD:]
 
@@ -145,9 +146,13 @@ def sample(
         token=token.data_ptr(), logprob=logprob.data_ptr(), bad=bad.data_ptr(),
         **{name: values.data_ptr() for name, values in (columns | lists).items()},
     ))  # fmt: skip
-    for output, size in ((outputs[0], rows), (outputs[1], rows), (outputs[2], rows), (scratch, saved)):
-        outside = torch.cat((output[:GUARD], output[GUARD + size :]))
+    for output in outputs:
+        outside = torch.cat((output[:GUARD], output[GUARD + rows :]))
         assert (outside == CANARY).all(), "sample wrote outside its outputs"
+    # A place for each entry, no two in one, though rows that run one after the other would not mind.
+    listed = sum(0 <= entry[0] < vocab for draw in draws for entry in (*draw.occurred, *draw.logit_bias))
+    assert (scratch[:GUARD] == UNSAVED).all() and (scratch[GUARD + saved :] == UNSAVED).all(), "sample saved elsewhere"
+    assert mask_index or (scratch != UNSAVED).sum() == listed, "entries share a place of saved"
     after = on_device.cpu().numpy()
     assert (after.view(np.int32) == whole.view(np.int32)).all(), "sample left other logits behind"
     return Drawn(token.tolist(), logprob.cpu(), bad.tolist())
@@ -492,6 +497,8 @@ def by_rules(d: Device) -> int:
         (1.0, Draw(occurred=((1, 2, False),), frequency=3e38), -FLT_MAX),
         (1.0, Draw(occurred=((1, 2, False),), frequency=-3e38, logit_bias=((1, 3e38),)), FLT_MAX),
         (-1.0, Draw(occurred=((1, 2, False),), repetition=3e38, frequency=3e38, presence=3e38), -FLT_MAX),
+        (-3e38, Draw(occurred=((1, 2, False),), repetition=3e38, frequency=-3e38), FLT_MAX),
+        (1.0, Draw(occurred=((1, 2, False),), frequency=-3e38, presence=2.0**127), FLT_MAX - 2.0**127),
     ]  # fmt: skip
     rows, draws = [], []
     for logit, draw, value in rules:
@@ -499,7 +506,7 @@ def by_rules(d: Device) -> int:
             below = np.nextafter(np.float32(value), np.float32(-math.inf))  # of -FLT_MAX: -inf, which nothing loses to
         for other in (value, below):
             rows.append([other, logit])
-            draws.append(replace(draw, temperature=0.0, want_logprob=True))
+            draws.append(replace(draw, temperature=0.0))
     drawn = sample(d, np.array(rows, np.float32), draws)
     assert_as_cpu(np.array(rows, np.float32), draws, drawn)
     for i, (_, draw, value) in enumerate(rules):
@@ -549,6 +556,18 @@ def check_adjustments(d: Device) -> int:
         by_hand = sample(d, plain, unadjusted)
         assert (drawn.token, drawn.bad) == (by_hand.token, by_hand.bad), "adjusted logits draw other tokens"
         cases += rows
+
+    # What is not finite is not made so.
+    adjustments_of: list[dict[str, Any]] = [
+        {"occurred": ((0, 1, True), (1, 0, True)), "repetition": 2.0}, {"logit_bias": ((0, 5.0), (1, 5.0))},
+    ]  # fmt: skip
+    draws = [Draw(temperature=t, **some) for some in adjustments_of for t in (0.0, 1.0)]
+    for value in (-math.inf, math.inf, math.nan):
+        broken = np.full((len(draws), 2), value, np.float32)
+        drawn = sample(d, broken, draws)
+        assert_as_cpu(broken, draws, drawn)
+        assert all(drawn.bad), f"{value} is adjusted to a number"
+        cases += len(draws)
 
     # A row of the mask that does not exist makes its row bad, and no other.
     logits = rng.normal(0.0, 1.0, (6, 100)).astype(np.float32)
