@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Final
 
 import gpu_steps
@@ -146,7 +147,7 @@ def other_stream(bench: Bench, devices: Any) -> Iterator[Row]:
     """Kernels of 100 us back to back on a stream of their own, 30 to a graph, while steps end beside them: reported by
     nobody (the host spins), by host functions, by events.
     """
-    _replays(bench, devices, None)  # the GPU's clock goes up first
+    _replays(bench, devices, "warm-up")  # the GPU's clock goes up first
     runs = {mode: _replays(bench, devices, mode) for mode in ("before", "host_function", "event", "after")}
     alone = max(1e-9, *(statistics.median(runs[mode]) for mode in ("before", "after")))
     for mode in ("host_function", "event"):
@@ -280,22 +281,12 @@ def whole(bench: Bench) -> None:
 
 def graph_rows(bench: Bench, served: gpu_steps.Served, num_rows: int, num_layers: int) -> Iterator[Row]:
     """Row ops to logits of a step of decodes, the device idle before each."""
-    from sapwood.program.cuda_rows import StepShape
-
     launcher, devices = served.model.executor.launcher, served.devices
     stream: Any = served.model.executor._stream
-    graph, shape = launcher._decode_graphs[num_rows], StepShape(num_rows, num_rows, num_rows)
-
-    def launch() -> None:
-        launcher._rows.apply_row_ops()
-        launcher._begin(shape, None)
-        launcher.model.launch(launcher._forward, shape, launcher._attention)
-        launcher.model.launch(launcher._head, shape, launcher._attention)
-
-    def replay() -> None:
-        graph.replay()
-
-    for name, call in (("replay", replay), ("launches", launch)):
+    for name, call in (
+        ("replay", launcher._decode_graphs[num_rows].replay),
+        ("launches", captured_launches(launcher, num_rows)),
+    ):
         host, device = [], []
         with torch.inference_mode(), devices.on(stream):
             for i in range(bench.pick(60, 2)):
@@ -314,11 +305,20 @@ def graph_rows(bench: Bench, served: gpu_steps.Served, num_rows: int, num_layers
                   note=f"p99 {p99:.0f}; on the device {busy:.0f}")  # fmt: skip
 
 
+def captured_launches(launcher: Any, num_rows: int) -> Callable[[], None]:
+    """What the launcher captures into its graph of so many rows, to be called."""
+    pool, launcher._pool = launcher._pool, SimpleNamespace(capture=lambda launch: launch)
+    try:
+        return launcher._capture_decode(num_rows)  # type: ignore[no-any-return]
+    finally:
+        launcher._pool = pool
+
+
 def step_rows(bench: Bench, served: gpu_steps.Served, num_rows: int) -> Iterator[Row]:
     rng = np.random.default_rng(num_rows)
     served.clock.steps.clear()
     served.batch(gpu_steps.prompts(rng, served.model.vocab_size, num_rows, 16), bench.pick(64, 8))
-    found = served.clock.decodes(num_rows)[bench.pick(5, 1) :]
+    found = served.clock.decodes(num_rows)[bench.pick(5, 1) : -1]
     if not found:
         raise RuntimeError(f"no step of {num_rows} decodes")
     for name, values in (

@@ -289,8 +289,9 @@ class StepTimes:
 class _Packer:
     def __init__(self, packer: Any, clock: StepClock) -> None:
         self._packer, self._clock = packer, clock
-        self.result_bytes = packer.result_bytes
-        self.bytes_needed, self.fail = packer.bytes_needed, packer.fail
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._packer, name)
 
     def pack(self, plan: Any, out: Any) -> Any:
         began = time.perf_counter()
@@ -301,11 +302,13 @@ class _Packer:
 
 class StepClock:
     """Takes the times of every step from now on, by replacing what the executor's thread calls: its packer, the
-    launcher's forward, the ticket of a step. Read `steps` while no step is in flight.
+    launcher's forward, the ticket of a step. Read or clear `steps` while no step is in flight; the thread may still be
+    at the end of the last one, whose thread_us is not known then.
     """
 
     def __init__(self, executor: Any, device: Gpu | Rehearsed) -> None:
         self.steps: list[StepTimes] = []
+        self._step = StepTimes(0, 0)  # the thread's own
         self._executor, self._device = executor, device
         self._forward, self._launch = executor.launcher.forward, executor._launch
         self._ticket = executor._completion.ticket
@@ -315,24 +318,24 @@ class StepClock:
         executor._launch = self._timed_launch
 
     def packed(self, plan: Any, seconds: float) -> None:
-        self.steps.append(StepTimes(plan.num_items, plan.num_tokens, 1e6 * seconds))
-        self.steps[-1].begin = self._device.mark(self._executor._stream)
+        self._step = StepTimes(plan.num_items, plan.num_tokens, 1e6 * seconds)
+        self.steps.append(self._step)
+        self._step.begin = self._device.mark(self._executor._stream)
 
     def _timed_forward(self, *arguments: Any) -> Any:
         began = time.perf_counter()
         logits = self._forward(*arguments)
-        self.steps[-1].forward_us = 1e6 * (time.perf_counter() - began)
+        self._step.forward_us = 1e6 * (time.perf_counter() - began)
         return logits
 
     def _marked_ticket(self) -> Any:
-        if self.steps:
-            self.steps[-1].end = self._device.mark(self._executor._stream)
+        self._step.end = self._device.mark(self._executor._stream)
         return self._ticket()
 
     def _timed_launch(self, plan: Any, submit_ns: int) -> None:
         began = time.perf_counter()
         self._launch(plan, submit_ns)
-        self.steps[-1].thread_us = 1e6 * (time.perf_counter() - began)
+        self._step.thread_us = 1e6 * (time.perf_counter() - began)
 
     def decodes(self, num_rows: int) -> list[StepTimes]:
         """The steps of exactly so many decodes and nothing else."""

@@ -303,6 +303,28 @@ def test_idle_share() -> None:
     assert len(clock.decodes(4)) == 4
 
 
+def test_steps_may_be_cleared_before_the_thread_is_through_with_the_last() -> None:
+    """As a caller does that has its result; and all else of a packer is the packer's."""
+    packer = SimpleNamespace(pack=lambda plan, out: out, shared_prefixes=lambda plan: 7)
+
+    def launch(plan: Any, submit_ns: int) -> None:
+        assert executor._packer.pack(plan, "packed") == "packed" and executor._packer.shared_prefixes(plan) == 7
+        assert executor.launcher.forward() == "logits" and executor._completion.ticket() == "ticket"
+        assert [(step.num_items, step.num_tokens) for step in clock.steps] == [(2, 5)]
+        kept.extend(clock.steps)
+        clock.steps.clear()
+
+    kept: list[gpu_steps.StepTimes] = []
+    executor = SimpleNamespace(
+        _packer=packer, launcher=SimpleNamespace(forward=lambda: "logits"), _stream=None, _launch=launch,
+        _completion=SimpleNamespace(ticket=lambda: "ticket"),
+    )  # fmt: skip
+    clock = gpu_steps.StepClock(executor, gpu_steps.Rehearsed())
+    executor._launch(SimpleNamespace(num_items=2, num_tokens=5), 0)
+    (step,) = kept
+    assert step.begin <= step.end and 0 < step.pack_us + step.forward_us <= step.thread_us and clock.steps == []
+
+
 def test_the_devices_clock_by_the_hosts() -> None:
     gpu = gpu_steps.Gpu.__new__(gpu_steps.Gpu)
     gpu._first, gpu._fixed = 0.0, [(1000.0, 500.0), (3000.0, 520.0)]
