@@ -94,8 +94,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                              (torch, slow); None = sapwood
       disable_cuda_graph     launch every kernel of a step by itself
       cuda_graph_max_bs      decode steps of more rows than this get no graph; None = 256
-      enable_deterministic_inference  an answer's bits do not depend on what else runs (slower on "cuda"; on a CPU they
-                             never do)
+      enable_deterministic_inference  the same bits whatever else runs: slower on "cuda", always so on a CPU
       cpu_isa                "auto", "scalar", "avx2", "avx512", "avx512_bf16"; SAPWOOD_CPU_ISA overrides "auto"
       trace_capacity         steps whose timing is kept for Engine.trace(); 0 = off
       random_seed            seeds the seeds drawn for requests that give none; None = from the OS
