@@ -394,4 +394,7 @@ class CudaExecutor:
                 os.eventfd_write(self._fd, 1)
         finally:
             if not launched:
+                if self._stream is not None:
+                    with contextlib.suppress(RuntimeError):  # of a failed device
+                        self._stream.synchronize()  # the copy of the plan may be under way
                 self._places.put(place)
