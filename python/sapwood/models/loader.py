@@ -41,9 +41,9 @@ Progress = Callable[[int, int], None]  # bytes of weights done, bytes in all
 class LoadedModel:
     """A model ready to run.
 
-    executor         _core.Executor, or the reference's with the same interface
-    runner           what the executor runs, for taps and dumps: _core.CpuRunner or ReferenceModel; touch it only
-                     while no step runs
+    executor         _core.Executor, or another device's with the same interface
+    runner           what the executor runs, for taps and dumps: _core.CpuRunner, ReferenceModel or CudaModel; touch it
+                     only while no step runs
     groups, num_pages    KV groups and the pages of each, for the cache manager
     max_rows         rows the executor has; the batch builder must not have more
     max_step_tokens  most query tokens of one step

@@ -160,7 +160,8 @@ class StepLauncher:
 
 def segments(program: Program) -> tuple[list[Node], list[Node]]:
     """The nodes that compute tokens, and those that make logits of some."""
-    return tuple([node for node in program.nodes if node.segment == s] for s in ("forward", "head"))  # type: ignore
+    forward, head = ([node for node in program.nodes if node.segment == s] for s in ("forward", "head"))
+    return forward, head
 
 
 def runs_between_attention(nodes: Sequence[Node]) -> list[tuple[list[Node], list[Node]]]:

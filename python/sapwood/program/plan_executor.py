@@ -1,4 +1,5 @@
-"""The executor of models that Python runs, node by node: device "reference" and device "cuda".
+"""The executor of a model that Python runs node by node: device "reference". (Device "cuda" has one of its own,
+cuda_executor.py: its rows are not on the host.)
 
 models/loader.py puts a model into it; engine/ submits StepPlans as it does to _core.Executor, and hears of results by
 an eventfd.
@@ -37,7 +38,6 @@ class PreparedBatch:
     slots               per group: [T] page * page_size + offset, where each token's KV goes
     page_tables         [group][segment]: page ids by absolute page index, -1 below a window
     logit_src           [L] query tokens that yield logits; -1: the hidden state kept of the row
-    sampling            [L] each: how those are sampled (cuda/sampling/params.h)
     logit_rows          [L] the executor's row that each belongs to
     logit_masked        [L] whether its hidden state must be kept: its mask may be late
     """
@@ -49,7 +49,6 @@ class PreparedBatch:
     page_tables: Sequence[Sequence[np.ndarray[Any, Any]]]
     logit_src: np.ndarray[Any, Any]
     copies: Sequence[tuple[int, int, int]] = ()
-    sampling: Mapping[str, np.ndarray[Any, Any]] = dataclasses.field(default_factory=dict)
     logit_rows: Sequence[int] | np.ndarray[Any, Any] = ()
     logit_masked: Sequence[int] | np.ndarray[Any, Any] = ()
 
