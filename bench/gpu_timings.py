@@ -270,10 +270,11 @@ class Paged:
     """Segments alike, of q_len new tokens with kv_len keys; their pages in random order, the same in every set."""
 
     def __init__(self, d: Device, sets: int, batch: int, q_len: int, kv_len: int, page_size: int, kv_heads: int,
-                 rows_per_tile: int, chunk_len: int, num_blocks: int) -> None:  # fmt: skip
+                 rows_per_tile: int, chunk_len: int, num_blocks: int, *, portable: bool = False) -> None:  # fmt: skip
         self.group, self.dim, self.kv_heads, self.page_size = 4, 128, kv_heads, page_size
         self.batch, self.q_len, self.kv_len = batch, q_len, kv_len
         self.rows_per_tile, self.chunk_len, self.num_blocks = rows_per_tile, chunk_len, num_blocks
+        self.portable = portable
         hq, pages = self.group * kv_heads, -(-kv_len // page_size)
         self.q = [randn16(d, batch * q_len, hq * self.dim) for _ in range(sets)]
         self.out = [torch.empty_like(q) for q in self.q]
@@ -338,6 +339,7 @@ class Paged:
             partial_o=self.partial_o.data_ptr(), partial_ml=self.partial_ml.data_ptr(), group=self.group,
             head_dim=self.dim, page_size=self.page_size, rows_per_tile=self.rows_per_tile, chunk_len=self.chunk_len,
             window=0, scale=self.dim**-0.5, softcap=0.0, num_blocks=self.num_blocks,
+            num_pages=pool.shape[0], portable=self.portable,
         )  # fmt: skip
 
     def sdpa(self) -> Launch:
@@ -394,7 +396,7 @@ def optional(make: Callable[[], Launch]) -> Launch:
 
 def attention(name: str, batch: int, q_len: int, kv_len: int, target_us: float | None = None, *, kv_heads: int,
               num_blocks: int, page_size: int = 16, chunk_len: int | None = None, bare: bool = False,
-              ) -> Case:  # fmt: skip
+              portable: bool = False) -> Case:  # fmt: skip
     """attention and attention_merge; bare: without baselines, for rows that only tune."""
     dim, group = 128, 4
     rows_per_tile, usual_chunk = (16, 512) if q_len * group <= 32 else (128, 4096)
@@ -403,8 +405,9 @@ def attention(name: str, batch: int, q_len: int, kv_len: int, target_us: float |
 
     def make(d: Device, sets: int) -> Work:
         paged = Paged(
-            d, sets, batch, q_len, kv_len, page_size, kv_heads, rows_per_tile, chunk_len or usual_chunk, num_blocks
-        )
+            d, sets, batch, q_len, kv_len, page_size, kv_heads, rows_per_tile, chunk_len or usual_chunk, num_blocks,
+            portable=portable,
+        )  # fmt: skip
         d.call("attention_plan", paged.plan_params())
 
         def launch(i: int) -> torch.Tensor:
@@ -762,6 +765,10 @@ def cases(num_processors: int = 132, scale: int = 1) -> list[Case]:
         more = {"num_blocks": blocks, "kv_heads": kv_heads, **more}
         return attention(name, s(batch), 1, s(kv_len), target_us, **more)
 
+    def prefill(name: str, batch: int, prefix: int, q_len: int, target_us: float | None = None, **more: Any) -> Case:
+        more = {"num_blocks": blocks, "kv_heads": kv_heads, **more}
+        return attention(name, s(batch), s(q_len), (s(prefix) if prefix else 0) + s(q_len), target_us, **more)
+
     found = [
         decode("decode bs64 ctx4096", 64, 4096, 300),
         decode("decode bs1 ctx131072", 1, 131072, 165),
@@ -772,8 +779,11 @@ def cases(num_processors: int = 132, scale: int = 1) -> list[Case]:
         attention_plan("plan bs64 ctx4096", s(64), s(4096)),
         attention_plan("plan bs256 ctx1024", s(256), s(1024)),
         attention_plan("plan bs1 ctx131072", 1, s(131072)),
-        attention("prefill 4x4096", s(4), s(4096), s(4096), 1500, num_blocks=blocks, kv_heads=kv_heads),
-        attention("extend 8x512 on 16k", s(8), s(512), s(16384) + s(512), 3000, num_blocks=blocks, kv_heads=kv_heads),
+        prefill("prefill 4x4096", 4, 0, 4096, 900),
+        prefill("prefill 4x4096 portable", 4, 0, 4096, 1500, portable=True),
+        prefill("tune prefill 4x4096 page64", 4, 0, 4096, page_size=64, bare=True),
+        prefill("extend 8x512 on 16k", 8, 16384, 512, 1900),
+        prefill("extend 8x512 on 16k portable", 8, 16384, 512, 3000, portable=True),
         rms_norm("rms_norm 16384x4096", s(16384), s(4096), 105),  # the table's 140 us are with an addition
         rms_norm("rms_norm 64x4096", s(64), s(4096), None),
         silu_mul("silu_mul 16384x14336", s(16384), s(14336), 370),

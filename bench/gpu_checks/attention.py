@@ -28,6 +28,7 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     num_blocks: int = 3
+    portable: bool = True
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -105,7 +106,7 @@ class Case:
             sinks=t["sinks"].data_ptr() if self.sinks else None, num_kv_heads=self.num_kv_heads, group=self.group,
             head_dim=self.head_dim, page_size=self.page_size, rows_per_tile=self.rows_per_tile,
             chunk_len=self.chunk_len, window=self.window, scale=self.scale, softcap=self.softcap,
-            num_blocks=self.num_blocks,
+            num_blocks=self.num_blocks, num_pages=t["pool"].shape[0], portable=self.portable,
         )  # fmt: skip
 
     def run(self, d: Device) -> torch.Tensor:
@@ -167,7 +168,16 @@ CASES = (
     Case([(70, 210)], rows_per_tile=128, head_dim=128, group=2, chunk_len=64, num_kv_heads=1, sinks=True),
     Case([(45, 45), (9, 120)], rows_per_tile=64, head_dim=192, group=3, num_kv_heads=1, softcap=5.0, page_size=64),
     Case([(150, 260)], rows_per_tile=128, group=1, head_dim=96, window=50, num_kv_heads=1),
-)
+    # The tier of compute capability 9.0, which a device has or has not: pages that its copies can take and that they
+    # cannot, steps cut at either end, second halves of a tile without rows, tiles of several chunks and of one.
+    Case([(1, 130), (77, 77), (2, 9), (0, 3), (33, 600)], rows_per_tile=128, chunk_len=256, portable=False),
+    Case([(70, 210)], rows_per_tile=128, head_dim=128, group=2, chunk_len=128, page_size=8, sinks=True, portable=False),
+    Case([(9, 9), (130, 390)], rows_per_tile=128, group=1, head_dim=96, window=150, num_kv_heads=1, page_size=64,
+         chunk_len=1024, portable=False),
+    Case([(21, 300)], rows_per_tile=128, group=7, head_dim=40, num_kv_heads=1, page_size=256, chunk_len=384,
+         softcap=20.0, num_blocks=1, portable=False),
+    Case([(40, 200)], rows_per_tile=128, head_dim=128, num_kv_heads=1, page_size=12, chunk_len=256, portable=False),
+)  # fmt: skip
 
 
 def check_attention(d: Device) -> int:
@@ -189,7 +199,17 @@ def check_attention(d: Device) -> int:
             case.tensors[name].fill_(float("nan"))
         assert torch.equal(case.run(d), got), f"{case.segments}: other bits with another number of blocks"
         check_alone(d, case, got)
+    if d.is_sm90:
+        assert case_bits(d, portable=True) != case_bits(d, portable=False), "the tier for 9.0 was not reached"
     return len(CASES)
+
+
+def case_bits(d: Device, *, portable: bool) -> list[float]:
+    """Of a case whose sums the tiers do in different orders."""
+    d.generator.manual_seed(1)
+    case = Case([(32, 300)], rows_per_tile=128, chunk_len=512, portable=portable)
+    case.make(d)
+    return case.run(d).flatten().tolist()
 
 
 def check_alone(d: Device, case: Case, got: torch.Tensor) -> None:

@@ -15,6 +15,11 @@ class Device:
         self.name = name
         self.generator = torch.Generator(name).manual_seed(seed)
 
+    @property
+    def is_sm90(self) -> bool:
+        """Whether the kernels for compute capability 9.0 alone run here; the emulator has them."""
+        return self.name == "cpu" or torch.cuda.get_device_capability() == (9, 0)
+
     def call(self, op: str, params: Params) -> None:
         """Launch on torch's current stream; SapwoodError where it fails."""
         self.library.call(op, params, torch.cuda.current_stream().cuda_stream if self.name == "cuda" else None)

@@ -1,4 +1,5 @@
-// Paged attention, sm_80 and later: mma.sync, K and V by cp.async in two stages. params.h says what an item is; one block
+// Paged attention, and the choice of its tier. Here is the portable one, sm_80 and later: mma.sync, K and V by cp.async in
+// two stages. On compute capability 9.0 attention_sm90.cu computes tiles of 128 rows. params.h says what an item is; one block
 // computes one item of one KV head after the other, in steps of kKeys keys:
 //
 //   Q and the first step's K, V to shared memory
@@ -17,15 +18,14 @@
 // Order of sums of a row: keys ascending within a warp, warps ascending, then attention_merge's chunks ascending.
 #include <cstdint>
 
-#include "attention/ranges.cuh"
+#include "attention/attention_sm90.cuh"
+#include "attention/item.cuh"
 #include "common/check.cuh"
-#include "common/ptx.cuh"
-#include "common/vector.cuh"
+#include "common/device.cuh"
 
 namespace sapwood_cuda {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kPiece = 8;  // bf16 of one cp.async
 
 template <int kDim, bool kFewRows>
@@ -51,66 +51,6 @@ struct Shape {
 template <int kDim>
 __device__ __forceinline__ int Place(int row, int piece) {
   return row * kDim + (piece ^ (row & 7)) * kPiece;
-}
-
-__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-// To an absolute 2^-22, without tanhf's branches: beside the accumulators they cost registers that are not there.
-__device__ __forceinline__ float Tanh(float x) { return 1.0f - __fdividef(2.0f, Exp2(2.0f * kLog2E * x) + 1.0f); }
-
-// What an item is, for one KV head.
-struct Item {
-  int token_begin, first_row, num_rows, q_len, kv_len;
-  KeyRange keys;  // those of the tile that lie in the chunk
-  const int32_t* pages;
-  bool partial;  // the tile has other chunks too
-  int place;     // of the partial results; of shared rows: counted from each row's first place on
-  const SapwoodAttentionSharedRow* shared_rows;  // of a shared tile, else null
-
-  __device__ SapwoodAttentionSharedRow SharedRow(int row) const {
-    const int4 all = *reinterpret_cast<const int4*>(shared_rows + row);
-    return {all.x, all.y, all.z, all.w};
-  }
-};
-
-template <bool kFewRows>
-__device__ __forceinline__ Item ItemOf(const SapwoodAttentionParams& p, int index, int rows_per_tile) {
-  const auto pages_of = [&](int segment) {
-    return p.page_table + static_cast<int64_t>(p.page_rows[segment]) * p.table_stride;
-  };
-  const SapwoodAttentionItem item = p.items[index];
-  Item of;
-  of.shared_rows = nullptr;
-  if constexpr (kFewRows) {
-    if (item.tile < 0) {
-      const int shared_tile = -1 - item.tile;
-      const SapwoodAttentionSharedTile tile = p.shared_tiles[shared_tile];
-      of.token_begin = of.first_row = of.q_len = of.kv_len = 0;  // each row has its own
-      of.num_rows = tile.num_rows;
-      of.keys = {item.chunk * p.chunk_len, (item.chunk + 1) * p.chunk_len};
-      of.pages = pages_of(tile.segment);
-      of.partial = true;
-      of.place = item.chunk;
-      of.shared_rows = p.shared_rows + shared_tile * SAPWOOD_CUDA_ATTENTION_SHARED_ROWS;
-      return of;
-    }
-  }
-  const SapwoodAttentionTile tile = p.tiles[item.tile];
-  of.token_begin = p.q_indptr[tile.segment];
-  of.q_len = p.q_indptr[tile.segment + 1] - of.token_begin;
-  of.kv_len = p.kv_lens[tile.segment];
-  of.first_row = tile.first_row;
-  of.num_rows = min(rows_per_tile, of.q_len * p.group - tile.first_row);
-  const KeyRange all = KeysOfRows(of.first_row, of.first_row + of.num_rows - 1, p.group, of.q_len, of.kv_len, p.window);
-  of.keys = {max(all.begin, item.chunk * p.chunk_len), min(all.end, (item.chunk + 1) * p.chunk_len)};
-  of.pages = pages_of(tile.segment);
-  of.partial = tile.num_chunks > 1;
-  // Many rows share no prefix: an item is a place.
-  of.place = kFewRows ? tile.first_place + item.chunk - FirstChunk(all, p.chunk_len) : index;
-  return of;
 }
 
 template <int kDim, bool kFewRows>
@@ -305,34 +245,6 @@ struct Block {
     }
   }
 
-  // Two neighbouring dims of a row, summed over all keys of the item: to the output, or to the partial results.
-  __device__ void Emit(int row, int dim, float x0, float x1, float row_m, float row_l) const {
-    if (row >= item.num_rows || dim >= p.head_dim) return;
-    if (item.partial) {
-      int place = item.place, tile_row = row;
-      if (kFewRows && item.shared_rows != nullptr) {
-        const SapwoodAttentionSharedRow shared_row = item.SharedRow(row);
-        place += shared_row.first_place;
-        tile_row = shared_row.tile_row;
-      }
-      const int64_t at = (static_cast<int64_t>(place) * p.num_kv_heads + kv_head) * S::kRows + tile_row;
-      *reinterpret_cast<float2*>(p.partial_o + at * p.head_dim + dim) = make_float2(x0, x1);
-      if (dim == 0) *reinterpret_cast<float2*>(p.partial_ml + 2 * at) = make_float2(row_m, row_l);
-      return;
-    }
-    const int packed = item.first_row + row, head = kv_head * p.group + packed % p.group;
-    if (p.sinks != nullptr) {
-      const float sink = p.sinks[head] * kLog2E, most = fmaxf(row_m, sink), weight = Exp2(row_m - most);
-      row_l = row_l * weight + Exp2(sink - most);
-      x0 *= weight;
-      x1 *= weight;
-    }
-    __nv_bfloat16* const to = static_cast<__nv_bfloat16*>(p.out) +
-                              static_cast<int64_t>(item.token_begin + packed / p.group) * p.out_stride +
-                              static_cast<int64_t>(head) * p.head_dim + dim;
-    *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x0 / row_l, x1 / row_l);
-  }
-
   __device__ void Finish(int index) {
     item = ItemOf<kFewRows>(p, index, S::kRows);  // anew: the loop has no registers to keep it
 #pragma unroll
@@ -351,7 +263,8 @@ struct Block {
           const int row = WarpRow() + 16 * t + 8 * half + lane / 4;
 #pragma unroll
           for (int d = 0; d < kDim / 8; ++d) {
-            Emit(row, 8 * d + lane % 4 * 2, o[t][d][2 * half], o[t][d][2 * half + 1], m[t][half], l[t][half]);
+            Emit<kFewRows>(p, item, kv_head, S::kRows, row, 8 * d + lane % 4 * 2, o[t][d][2 * half],
+                           o[t][d][2 * half + 1], m[t][half], l[t][half]);
           }
         }
       }
@@ -391,7 +304,7 @@ struct Block {
         x0 += all_o[at * kDim + dim] * weight;
         x1 += all_o[at * kDim + dim + 1] * weight;
       }
-      Emit(row, dim, x0, x1, most, sum);
+      Emit<kFewRows>(p, item, kv_head, S::kRows, row, dim, x0, x1, most, sum);
     }
   }
 
@@ -494,6 +407,8 @@ int Check(const char* op, const SapwoodAttentionParams& p) {
   SAPWOOD_CUDA_REQUIRE(p.window >= 0, "%s: window must not be negative, got %d", op, p.window);
   SAPWOOD_CUDA_REQUIRE(p.softcap >= 0.0f, "%s: softcap must not be negative, got %g", op, static_cast<double>(p.softcap));
   SAPWOOD_CUDA_REQUIRE(p.num_blocks > 0, "%s: num_blocks must be positive, got %d", op, p.num_blocks);
+  SAPWOOD_CUDA_REQUIRE(p.num_pages > 0, "%s: num_pages must be positive, got %d", op, p.num_pages);
+  SAPWOOD_CUDA_REQUIRE(p.portable == 0 || p.portable == 1, "%s: portable must be 0 or 1, got %d", op, p.portable);
   const int64_t kv_width = static_cast<int64_t>(p.num_kv_heads) * p.head_dim, q_width = kv_width * p.group;
   SAPWOOD_CUDA_REQUIRE(p.q_stride >= q_width && p.q_stride % kPiece == 0,
                        "%s: q_stride must be a multiple of %d and at least %lld, got %lld", op, kPiece,
@@ -526,6 +441,11 @@ int sapwood_cuda_attention(const SapwoodAttentionParams* params, void* stream) {
   SAPWOOD_CUDA_CHECK_STRUCT("attention", params);
   const SapwoodAttentionParams& p = *params;
   if (const int status = sapwood_cuda::Check("attention", p)) return status;
+#ifdef SAPWOOD_CUDA_SM90
+  if (p.portable == 0 && sapwood_cuda::AttentionSm90Serves(p) && sapwood_cuda::Sm90Processors() > 0) {
+    return sapwood_cuda::AttentionSm90(p, static_cast<cudaStream_t>(stream));
+  }
+#endif
   const auto launch = p.head_dim <= 64    ? sapwood_cuda::LaunchAttention<64>
                       : p.head_dim <= 128 ? sapwood_cuda::LaunchAttention<128>
                                           : sapwood_cuda::LaunchAttention<256>;

@@ -20,8 +20,8 @@
  * row's bits are the same with and without: a whole chunk needs no mask, and a row's arithmetic does not depend on what
  * rows its tile has beside it.
  *
- * So what is computed of a row against which chunks, and so its bits, depends on its own segment, rows_per_tile and
- * chunk_len alone. */
+ * So what is computed of a row against which chunks, and so its bits, depends on its own segment, rows_per_tile,
+ * chunk_len and the device alone. */
 #ifndef SAPWOOD_CUDA_ATTENTION_PARAMS_H_
 #define SAPWOOD_CUDA_ATTENTION_PARAMS_H_
 
@@ -109,7 +109,9 @@ SAPWOOD_CUDA_API int sapwood_cuda_attention_plan(const SapwoodAttentionPlanParam
  * K lies at k_pages + page * page_stride + (kv_head * page_size + offset) * head_dim for page = page_table[page_rows[s]]
  * [token / page_size], offset = token % page_size; V likewise. Pages of keys that no row sees are not read.
  * rows_per_tile chooses the kernel: 16 is for few rows and long keys (the four warps of a block share the keys of a step),
- * 128 (64 where head_dim > 128) for many rows (the warps share the rows).
+ * 128 (64 where head_dim > 128) for many rows (the warps share the rows). Tiles of 128 rows are computed by TMA and wgmma
+ * on compute capability 9.0, where page_size is 8, 16, 32, 64 or a multiple of 128, chunk_len a multiple of 128 and scale
+ * positive: the same within rounding.
  *
  * A partial result is the state (O, m, l) of a row's softmax over some of its keys: m the maximum of their scores times
  * log2 e, l the sum of 2^(score - m), O that of 2^(score - m) v. Two states of disjoint keys are merged by
@@ -148,7 +150,9 @@ typedef struct {
   int32_t window;
   float scale;
   float softcap;      /* 0: none */
-  int32_t num_blocks; /* that walk through the list, for each KV head; any number gives the same bits */
+  int32_t num_blocks; /* that walk through the list, for each KV head, two a processor; any number gives the same bits */
+  int32_t num_pages;  /* of k_pages and v_pages */
+  int32_t portable;   /* 1: the portable tier on every device */
 } SapwoodAttentionParams;
 
 SAPWOOD_CUDA_API int sapwood_cuda_attention(const SapwoodAttentionParams* params, void* stream);

@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "common/check.cuh"
+#include "common/device.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "common/vector.cuh"
@@ -146,26 +147,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) MoeGemmKernel(const Sapwood
   }
 }
 
-#ifdef SAPWOOD_CUDA_SM90
-// The multiprocessors of the current device where it runs gemm_sm90.cu, else 0.
-int Sm90Processors() {
-  int device = 0, major = 0, minor = 0, processors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    cudaGetLastError();  // no driver, no device: the launch will say so
-    return 0;
-  }
-  return major == 9 && minor == 0 ? processors : 0;
-}
-#endif
-
 }  // namespace
 }  // namespace sapwood_cuda
 
 int64_t sapwood_cuda_moe_gemm_workspace_bytes([[maybe_unused]] int32_t num_experts) {
-#ifdef SAPWOOD_CUDA_SM90
+#ifdef SAPWOOD_CUDA_CUTLASS
   if (const int processors = sapwood_cuda::Sm90Processors(); processors > 0 && num_experts > 0) {
     return sapwood_cuda::MoeGemmSm90WorkspaceBytes(num_experts, processors);
   }
@@ -210,7 +196,7 @@ int sapwood_cuda_moe_gemm(const SapwoodMoeGemmParams* params, void* stream) {
                        "moe_gemm: x, weight, expert_offsets, block_expert and y must not be null");
   SAPWOOD_CUDA_REQUIRE(Aligned(p.x, 16) && Aligned(p.weight, 16) && Aligned(p.y, 16),
                        "moe_gemm: x, weight and y must be aligned to 16 bytes, got %p, %p and %p", p.x, p.weight, p.y);
-#ifdef SAPWOOD_CUDA_SM90
+#ifdef SAPWOOD_CUDA_CUTLASS
   if (const int processors = sapwood_cuda::Sm90Processors(); processors > 0 && p.portable == 0) {
     const int64_t needed = sapwood_cuda::MoeGemmSm90WorkspaceBytes(p.num_experts, processors);
     SAPWOOD_CUDA_REQUIRE(p.workspace != nullptr && Aligned(p.workspace, 256) && p.workspace_bytes >= needed,

@@ -1,5 +1,5 @@
 // The door between moe_gemm's launcher (gemm.cu) and its tier for compute capability 9.0 (gemm_sm90.cu), which is there
-// where the build has CUTLASS and the architecture 90a: SAPWOOD_CUDA_SM90 is defined then. Host code only.
+// where the build has CUTLASS and the architecture 90a: SAPWOOD_CUDA_CUTLASS is defined then. Host code only.
 #pragma once
 
 #include <cuda_runtime_api.h>

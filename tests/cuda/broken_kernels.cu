@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "common/ptx.cuh"
+#include "common/ptx_sm90.cuh"
 #include "common/vector.cuh"
 
 namespace {
@@ -99,6 +100,89 @@ __global__ void Product(int* out) {
   Say(out, __all_sync(0xffffffffu, right));
 }
 
+// --- Compute capability 9.0 -----------------------------------------------------------------------------------------
+
+constexpr int kSide = 64;  // of a matrix in global memory: element (r, c) is r - 2 c, a whole number that bf16 has
+
+__host__ __device__ float MatrixElement(int r, int c) { return static_cast<float>(r - 2 * c); }
+
+enum class Mistake { kNone, kNoWait, kNoFence, kNoProductWait, kNoInit };
+
+// The matrix by TMA, then products of it as b with a(i, k) = i % 8 - k: once its rows are columns of b, once they are k.
+template <Mistake kMistake>
+__global__ void WarpGroupProduct(int* out, const __grid_constant__ CUtensorMap map) {
+  SAPWOOD_DYNAMIC_SHARED(shared);
+  unsigned char* const matrix = shared + (1024 - SharedAddress(shared) % 1024) % 1024;
+  uint64_t* const barrier = reinterpret_cast<uint64_t*>(matrix + kSide * kSide * 2);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (threadIdx.x == 0 && kMistake != Mistake::kNoInit) MbarrierInit(barrier, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    MbarrierArriveExpect(barrier, kSide * kSide * 2);
+    TmaLoad(matrix, map, barrier, 0, 0, 0, 0);
+  }
+  if (kMistake != Mistake::kNoWait) MbarrierWait(barrier, 0);
+  uint32_t a[4];
+  for (int i = 0; i < 4; ++i) {
+    const int row = 16 * warp + lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
+    const float first = static_cast<float>(row % 8 - k);
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, first - 1);
+    a[i] = *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  bool right = true;
+  for (int transposed = 0; transposed < 2; ++transposed) {
+    float d[kSide / 2];
+    for (float& x : d) x = 0.5f;
+    const int k0 = 16;  // the second sixteen
+    if (kMistake != Mistake::kNoFence) WgmmaFence();
+    if (transposed) {
+      Wgmma<true>(d, a, MatrixDescriptor(matrix + k0 * 128, 16, 1024), true);
+    } else {
+      Wgmma<false>(d, a, MatrixDescriptor(matrix + k0 * 2, 16, 1024), true);
+    }
+    WgmmaCommit();
+    if (kMistake != Mistake::kNoProductWait) WgmmaWait<0>(d);
+    for (int i = 0; i < kSide / 2; ++i) {
+      const int row = 16 * warp + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = 0.5f;
+      for (int k = 0; k < 16; ++k) {
+        const float b = transposed ? MatrixElement(k0 + k, column) : MatrixElement(column, k0 + k);
+        sum += static_cast<float>(row % 8 - k) * b;
+      }
+      right &= d[i] == sum;
+    }
+    if (kMistake == Mistake::kNoProductWait) WgmmaWait<0>(d);
+  }
+  const bool all = __syncthreads_and(right);
+  Say(out, all);
+}
+
+// Two warps; the first of them only where it should not.
+__global__ void NamedBarriers(int* out, int waiting_warps) {
+  SAPWOOD_DYNAMIC_SHARED(shared);
+  int* const value = reinterpret_cast<int*>(shared);
+  const int warp = threadIdx.x / kWarp;
+  if (warp == 1) {
+    if (threadIdx.x % kWarp == 0) value[0] = 7;
+    __syncwarp();
+    NamedBarrierArrive(1, 64);
+  } else if (waiting_warps > 0) {
+    NamedBarrierSync(1, waiting_warps * kWarp);
+  }
+  Say(out, value[0] == 7);
+}
+
+template <Mistake kMistake>
+void LaunchProduct(int* out) {
+  static __nv_bfloat16 matrix[kSide][kSide];
+  for (int r = 0; r < kSide; ++r) {
+    for (int c = 0; c < kSide; ++c) matrix[r][c] = __float2bfloat16_rn(MatrixElement(r, c));
+  }
+  CUtensorMap map;
+  if (EncodeTensorMap(&map, {matrix, {kSide, kSide, 1, 1}, {2 * kSide, 2 * kSide, 2 * kSide}, {kSide, kSide, 1, 1}})) return;
+  Launch(WarpGroupProduct<kMistake>, 1, 128, 10240, nullptr, out, map);
+}
+
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const char* last_text() { return cudaGetErrorString(cudaSuccess); }
@@ -117,6 +201,14 @@ extern "C" __attribute__((visibility("default"))) int run(const char* name, int*
   if (is("diverged exchange")) Launch(DivergedExchange, 1, 32, 0, nullptr, out);
   if (is("barrier in a branch")) Launch(BarrierInABranch, 1, 64, 0, nullptr, out);
   if (is("product")) Launch(Product, 1, 32, 2048, nullptr, out);
+  if (is("warp group product")) LaunchProduct<Mistake::kNone>(out);
+  if (is("no wait for TMA")) LaunchProduct<Mistake::kNoWait>(out);
+  if (is("no fence before wgmma")) LaunchProduct<Mistake::kNoFence>(out);
+  if (is("no wait for wgmma")) LaunchProduct<Mistake::kNoProductWait>(out);
+  if (is("no mbarrier")) LaunchProduct<Mistake::kNoInit>(out);
+  if (is("named barrier")) Launch(NamedBarriers, 1, 64, 16, nullptr, out, 2);
+  if (is("no named barrier")) Launch(NamedBarriers, 1, 64, 16, nullptr, out, 0);
+  if (is("named barrier of three")) Launch(NamedBarriers, 1, 64, 16, nullptr, out, 3);
   if (is("too large a block")) Launch(Product, 1, 2048, 0, nullptr, out);
   return cudaGetLastError();
 }

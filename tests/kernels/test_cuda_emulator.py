@@ -1,4 +1,4 @@
-"""The emulator of tests/cuda/ shows the mistakes it is there for, and computes ldmatrix and mma as PTX defines them."""
+"""The emulator of tests/cuda/ shows the mistakes it is there for; ldmatrix, mma and wgmma are as PTX defines them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(broken: ctypes.CDLL, name: str) -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "3"])
-@pytest.mark.parametrize("name", ["neighbour", "copy", "product"])
+@pytest.mark.parametrize("name", ["neighbour", "copy", "product", "warp group product", "named barrier"])
 def test_right_kernels_are_right(broken: ctypes.CDLL, name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAPWOOD_EMULATOR_ORDER", order)
     assert run(broken, name) == (0, True)
@@ -39,6 +39,15 @@ def test_a_missing_barrier_shows_in_one_order_of_threads(broken: ctypes.CDLL, mo
 
 def test_a_copy_has_not_arrived_before_it_is_waited_for(broken: ctypes.CDLL) -> None:
     assert run(broken, "no wait") == (0, False)
+    assert run(broken, "no wait for TMA") == (0, False)
+
+
+def test_a_product_of_wgmma_is_not_there_before_it_is_waited_for(broken: ctypes.CDLL) -> None:
+    assert run(broken, "no wait for wgmma") == (0, False)
+
+
+def test_a_named_barrier_holds_those_that_wait_for_it(broken: ctypes.CDLL) -> None:
+    assert run(broken, "no named barrier") == (0, False)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +57,9 @@ def test_a_copy_has_not_arrived_before_it_is_waited_for(broken: ctypes.CDLL) -> 
         ("half a warp shuffles", "threads wait for what will not come: thread 0 at a shuffle"),
         ("diverged exchange", "reaches a vote where others of its warp are at a shuffle"),
         ("barrier in a branch", "threads wait for what will not come"),
+        ("no fence before wgmma", "wgmma without a fence since the last wait"),
+        ("no mbarrier", "an mbarrier that nobody has initialised"),
+        ("named barrier of three", "a named barrier of which others expect another number of threads"),
     ],
 )
 def test_what_would_hang_or_trap_ends_with_an_error(broken: ctypes.CDLL, name: str, said: str) -> None:

@@ -20,6 +20,7 @@ def attention(**changes: Any) -> AttentionParams:
     fields: dict[str, Any] = dict.fromkeys(POINTERS, 64)
     fields |= dict(num_kv_heads=2, group=4, head_dim=64, page_size=16, rows_per_tile=16, chunk_len=512, window=0)
     fields |= dict(q_stride=512, out_stride=512, page_stride=4096, table_stride=8, scale=0.1, softcap=0.0, num_blocks=2)
+    fields |= dict(num_pages=9)
     return AttentionParams(**{**fields, **changes})
 
 
@@ -42,6 +43,8 @@ def plan(**changes: Any) -> AttentionPlanParams:
         ({"window": -1}, "window must not be negative, got -1"),
         ({"softcap": -1.0}, "softcap must not be negative, got -1"),
         ({"num_blocks": 0}, "num_blocks must be positive, got 0"),
+        ({"num_pages": 0}, "num_pages must be positive, got 0"),
+        ({"portable": 2}, "portable must be 0 or 1, got 2"),
         ({"q_stride": 516}, "q_stride must be a multiple of 8 and at least 512, got 516"),
         ({"out_stride": 510}, "out_stride must be even and at least 512, got 510"),
         ({"page_stride": 2040}, "page_stride must be a multiple of 8 and at least 2048, got 2040"),

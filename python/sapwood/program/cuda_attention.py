@@ -242,7 +242,7 @@ class SapwoodAttention:
                 head_dim=self._head_dim,
                 page_size=self._rows.page_size, rows_per_tile=work.tiling.rows_per_tile,
                 chunk_len=work.tiling.chunk_len, window=work.window, scale=float(p["scale"]),
-                softcap=float(p["softcap"]), num_blocks=self._num_blocks,
+                softcap=float(p["softcap"]), num_blocks=self._num_blocks, num_pages=kv.shape[0],
             )  # fmt: skip
             self._call("attention", params)
             self._call("attention_merge", params)

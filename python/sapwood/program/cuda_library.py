@@ -138,6 +138,8 @@ class AttentionParams(Params):
         ("scale", _F32),
         ("softcap", _F32),
         ("num_blocks", _I32),
+        ("num_pages", _I32),
+        ("portable", _I32),
     )
 
 

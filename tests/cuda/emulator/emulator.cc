@@ -1,9 +1,11 @@
 #include "emulator.h"
+#include "emulator_sm90.h"
 
 #include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -41,10 +43,39 @@ constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxShared = 227 * 1024;  // of sm_90
 constexpr unsigned char kPoison = 0xff;    // NaN as bf16 and f32
 
+constexpr uint32_t kSharedWindow = 128;  // the address of dynamic shared memory
+
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
   int bytes, valid;
+};
+
+// Of wgmma, one warp's rows of it.
+struct Product {
+  float* d;
+  int columns;
+  const uint32_t* a;
+  uint64_t b;
+  bool transposed, accumulate;
+};
+
+struct Box {
+  const CUtensorMap* map;
+  unsigned char* to;
+  int at[4];
+};
+
+struct Mbarrier {
+  uint64_t phase = 0;
+  int arrivals = 0, to_arrive = 0, waiting = 0;
+  int64_t bytes = 0;       // announced, not copied
+  std::vector<Box> boxes;  // on their way
+};
+
+struct Named {
+  uint64_t generation = 0;
+  int threads = 0, arrived = 0;
 };
 
 // A fiber waits while *waits_for has the value it saw.
@@ -58,6 +89,10 @@ struct Fiber {
   const char* reason = "";
   std::vector<Copy> open_copies;
   std::vector<std::vector<Copy>> groups;
+  bool fenced = false;
+  std::vector<Product> open_products;
+  std::vector<std::vector<Product>> product_groups;
+  std::map<float*, std::vector<float>> sums;  // what d will be
 };
 
 struct Warp {
@@ -73,6 +108,8 @@ struct Block {
   uint64_t barrier_generation = 0;
   int num_threads = 0, num_live = 0, at_barrier = 0;
   int any = 0, all = 1, last_any = 0, last_all = 1;
+  std::map<const void*, Mbarrier> mbarriers;
+  Named named[16];
 };
 
 struct Machine {
@@ -255,7 +292,7 @@ int BarrierReduce(int value, bool all) {
 }
 
 const Deposits& Meet(Exchange kind, unsigned mask, const void* deposit, size_t bytes) {
-  static constexpr const char* kNames[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma"};
+  static constexpr const char* kNames[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma", "wgmma"};
   Machine& m = TheMachine();
   Warp& warp = m.warps[m.current->index / 32];
   const int lane = Lane();
@@ -304,6 +341,205 @@ void CpAsyncWait(int groups_left) {
     }
   }
   me.groups.erase(me.groups.begin(), me.groups.begin() + static_cast<std::ptrdiff_t>(arrive));
+}
+
+// --- Compute capability 9.0 -----------------------------------------------------------------------------------------
+
+namespace {
+
+uint32_t Swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+unsigned char* AtSharedAddress(uint32_t address) {
+  if (address < kSharedWindow || address - kSharedWindow >= kMaxShared) Give("an address outside shared memory");
+  return TheMachine().shared + (address - kSharedWindow);
+}
+
+Mbarrier& Find(const void* barrier) {
+  auto& all = TheMachine().block.mbarriers;
+  const auto found = all.find(barrier);
+  if (found == all.end()) Give("an mbarrier that nobody has initialised");
+  return found->second;
+}
+
+void EndPhase(Mbarrier& barrier) {
+  if (barrier.to_arrive > 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.to_arrive = barrier.arrivals;
+  ++TheMachine().wakes;
+}
+
+void Deliver(Mbarrier& barrier) {
+  for (const Box& box : barrier.boxes) {
+    const CUtensorMap& map = *box.map;
+    const auto inside = [&](int dim, uint32_t i) {
+      const int64_t at = int64_t{box.at[dim]} + i;
+      return at >= 0 && static_cast<uint64_t>(at) < map.dims[dim];
+    };
+    uint32_t address = SharedAddress(box.to);
+    for (uint32_t i3 = 0; i3 < map.box[3]; ++i3) {
+      for (uint32_t i2 = 0; i2 < map.box[2]; ++i2) {
+        for (uint32_t i1 = 0; i1 < map.box[1]; ++i1) {
+          const bool row = inside(3, i3) && inside(2, i2) && inside(1, i1);
+          for (uint32_t i0 = 0; i0 < map.box[0]; ++i0, address += 2) {
+            uint16_t element = 0;
+            if (row && inside(0, i0)) {
+              std::memcpy(&element,
+                          map.base + 2 * (int64_t{box.at[0]} + i0) + (box.at[1] + i1) * map.strides[0] +
+                              (box.at[2] + i2) * map.strides[1] + (box.at[3] + i3) * map.strides[2],
+                          2);
+            }
+            std::memcpy(AtSharedAddress(Swizzled(address)), &element, 2);
+          }
+        }
+      }
+    }
+    barrier.bytes -= int64_t{2} * map.box[0] * map.box[1] * map.box[2] * map.box[3];
+  }
+  if (barrier.boxes.empty()) return;
+  barrier.boxes.clear();
+  EndPhase(barrier);
+}
+
+// What wgmma reads as b [16 k][columns]; transposed: rows in memory are k.
+std::vector<float> ReadB(const Product& product) {
+  const auto field = [&](int bit) { return static_cast<uint32_t>(product.b >> bit & 0x3fff) << 4; };
+  const uint32_t start = field(0), leading = field(16), stride = field(32);
+  if (product.b >> 62 != 1 || (product.b >> 49 & 7) != 0) Give("wgmma of another layout than 128-byte swizzle");
+  std::vector<float> b(size_t{16} * product.columns);
+  for (uint32_t n = 0; n < static_cast<uint32_t>(product.columns); ++n) {
+    for (uint32_t k = 0; k < 16; ++k) {
+      const uint32_t offset = product.transposed ? n % 64 * 2 + n / 64 * leading + k % 8 * 128 + k / 8 * stride
+                                                 : n % 8 * 128 + n / 8 * stride + k * 2;
+      uint16_t element;
+      std::memcpy(&element, AtSharedAddress(Swizzled(start + offset)), 2);
+      b[n * 16 + k] = BitCast<float>(uint32_t{element} << 16);
+    }
+  }
+  return b;
+}
+
+struct Share {  // of a lane
+  float* sums;
+  const uint32_t* a;
+};
+
+// The 16 rows of a warp.
+void Multiply(const Product& product, const Deposits& all) {
+  Share lanes[32];
+  for (int i = 0; i < 32; ++i) std::memcpy(&lanes[i], all[i], sizeof(Share));
+  const std::vector<float> b = ReadB(product);
+  for (int row = 0; row < 16; ++row) {
+    float a[16];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t two = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+      a[k] = BitCast<float>((two >> (16 * (k % 2))) << 16);
+    }
+    for (int n = 0; n < product.columns; ++n) {
+      float& to = lanes[row % 8 * 4 + n % 8 / 2].sums[n / 8 * 4 + row / 8 * 2 + n % 2];
+      double sum = product.accumulate ? double{to} : 0.0;
+      for (int k = 0; k < 16; ++k) sum += double{a[k]} * double{b[n * 16 + k]};
+      to = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace
+
+uint32_t SharedAddress(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - TheMachine().shared) + kSharedWindow;
+}
+
+void MbarrierInit(const void* barrier, int arrivals) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) Give("an mbarrier at an address that is not a multiple of 8");
+  Mbarrier& made = TheMachine().block.mbarriers[barrier];
+  made.arrivals = made.to_arrive = arrivals;
+}
+
+void MbarrierArrive(const void* barrier, int bytes) {
+  Mbarrier& at = Find(barrier);
+  if (at.to_arrive == 0) Give("arrives at an mbarrier more often than it expects in a phase");
+  --at.to_arrive;
+  at.bytes += bytes;
+  EndPhase(at);
+}
+
+void MbarrierWait(const void* barrier, int parity) {
+  Mbarrier& at = Find(barrier);
+  while (at.phase % 2 == static_cast<uint64_t>(parity)) {
+    Deliver(at);
+    if (at.phase % 2 != static_cast<uint64_t>(parity)) break;
+    ++at.waiting;
+    Wait(&at.phase, "an mbarrier");
+    --at.waiting;
+  }
+}
+
+void TmaLoad(void* shared, const CUtensorMap& map, const void* barrier, const int (&at)[4]) {
+  if (SharedAddress(shared) % 1024 != 0) Give("TMA to an address that is not a multiple of 1024");
+  Mbarrier& of = Find(barrier);
+  std::memset(shared, kPoison, size_t{2} * map.box[0] * map.box[1] * map.box[2] * map.box[3]);
+  of.boxes.push_back({&map, static_cast<unsigned char*>(shared), {at[0], at[1], at[2], at[3]}});
+  if (of.waiting > 0) Deliver(of);
+}
+
+void NamedBarrier(int id, int threads, bool wait) {
+  if (id < 1 || id > 15 || threads % 32 != 0) Give("a named barrier's id must be in 1..15, its threads whole warps");
+  Named& at = TheMachine().block.named[id];
+  if (at.arrived > 0 && at.threads != threads) Give("a named barrier of which others expect another number of threads");
+  at.threads = threads;
+  if (++at.arrived == threads) {
+    at.arrived = 0;
+    ++at.generation;
+    ++TheMachine().wakes;
+  } else if (wait) {
+    Wait(&at.generation, "a named barrier");
+  }
+}
+
+void Wgmma(float* d, int columns, const uint32_t* a, uint64_t b, bool transposed, bool accumulate) {
+  Fiber& me = *TheMachine().current;
+  if (!me.fenced) Give("wgmma without a fence since the last wait");
+  const auto [sums, first] = me.sums.try_emplace(d, d, d + columns / 2);
+  if (first) std::memset(d, kPoison, sizeof(float) * static_cast<size_t>(columns / 2));
+  me.open_products.push_back({d, columns, a, b, transposed, accumulate});
+}
+
+void WgmmaFence() { TheMachine().current->fenced = true; }
+
+void WgmmaCommit() {
+  Fiber& me = *TheMachine().current;
+  me.product_groups.push_back(std::move(me.open_products));
+  me.open_products.clear();
+}
+
+void WgmmaWait(int groups_left) {
+  Fiber& me = *TheMachine().current;
+  me.fenced = false;
+  while (me.product_groups.size() > static_cast<size_t>(groups_left)) {
+    for (const Product& product : me.product_groups.front()) {
+      const Share share{me.sums[product.d].data(), product.a};
+      const Deposits& all = Meet(Exchange::kWgmma, 0xffffffffu, &share, sizeof(share));
+      if (Lane() == 0) Multiply(product, all);
+      Meet(Exchange::kWgmma, 0xffffffffu, nullptr, 0);
+    }
+    me.product_groups.erase(me.product_groups.begin());
+  }
+  const auto pending = [&](float* d) {
+    for (const auto& group : me.product_groups) {
+      for (const Product& product : group) {
+        if (product.d == d) return true;
+      }
+    }
+    return false;
+  };
+  for (auto i = me.sums.begin(); i != me.sums.end();) {
+    if (pending(i->first)) {
+      ++i;
+      continue;
+    }
+    std::copy(i->second.begin(), i->second.end(), i->first);
+    i = me.sums.erase(i);
+  }
 }
 
 }  // namespace emulator

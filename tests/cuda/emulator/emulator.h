@@ -69,7 +69,7 @@ int BarrierReduce(int value, bool all);  // __syncthreads_or, _and
 
 // What all lanes of a warp deposited in the same call of the same kind. mask: the lanes that take part, all of the
 // block's threads in this warp.
-enum class Exchange { kSync, kShuffle, kVote, kLdMatrix, kMma };
+enum class Exchange { kSync, kShuffle, kVote, kLdMatrix, kMma, kWgmma };
 constexpr size_t kDeposit = 64;
 using Deposits = unsigned char[32][kDeposit];
 const Deposits& Meet(Exchange kind, unsigned mask, const void* deposit, size_t bytes);
@@ -78,6 +78,9 @@ int Lane();
 void CpAsync(void* shared, const void* global, int bytes, int valid_bytes);
 void CpAsyncCommit();
 void CpAsyncWait(int groups_left);
+
+// As the hardware numbers shared memory. A block's dynamic part does not begin at a multiple of more than 128.
+uint32_t SharedAddress(const void* shared);
 
 }  // namespace emulator
 
@@ -189,6 +192,13 @@ inline int min(int a, unsigned b) { return a < static_cast<int>(b) ? a : static_
 inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(static_cast<unsigned>(a)); }
 inline int __ffs(int a) { return __builtin_ffs(a); }
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
+// Byte i of the result is byte selector >> 4 i & 7 of {a, b}.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t both = uint64_t{b} << 32 | a;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(both >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  return out;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
@@ -274,10 +284,20 @@ inline float2 __bfloat1622float2(__nv_bfloat162 a) { return {__bfloat162float(a.
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
+// A device of compute capability 9.0.
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : attribute == cudaDevAttrMultiProcessorCount ? 4 : 0;
+  return cudaSuccess;
+}
 // Streams run what they are given at once.
 inline cudaError_t cudaLaunchHostFunc(cudaStream_t, void (*function)(void*), void* data) {
   function(data);
@@ -299,6 +319,7 @@ void Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   ::emulator::Run(grid, block, shared_bytes, [=] { kernel(args...); });
 }
 
+inline uint32_t SharedAddress(const void* shared) { return ::emulator::SharedAddress(shared); }
 inline void CpAsync16(void* shared, const void* global, bool valid) {
   ::emulator::CpAsync(shared, global, 16, valid ? 16 : 0);
 }
