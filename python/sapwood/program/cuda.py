@@ -188,6 +188,7 @@ class CudaDevice:
             torch.cuda.synchronize(self._device)
             graph_bytes += max(0, before - torch.cuda.mem_get_info(self._device)[0]) * count
         graphs.clear()
+        self._launcher.forget_captures()
         torch.cuda.empty_cache()
         return max(0, torch.cuda.mem_get_info(self._device)[0] - graph_bytes)
 

@@ -99,6 +99,10 @@ class StepLauncher:
             captures.append((functools.partial(self._capture_run, run, tokens), num_runs))
         return captures
 
+    def forget_captures(self) -> None:
+        """Those of largest_captures are gone."""
+        self._pool.forget()
+
     def warm_up(self, num_tokens: int) -> None:
         """A step of num_tokens of padding, launch by launch, with as many logit rows as there are rows."""
         shape = StepShape(num_tokens, self._rows.max_rows, self._rows.max_rows)

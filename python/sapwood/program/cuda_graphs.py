@@ -11,6 +11,7 @@ in place may be read (program/cuda_model.py).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
@@ -50,11 +51,20 @@ class GraphPool:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 launch()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # what ended the capture is the error to tell of
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         if self._pool is None:
             self._pool = graph.pool()
         return graph
+
+    def forget(self) -> None:
+        """All graphs are gone: the next one begins a pool of its own. torch keeps a pool's name after its last graph
+        and refuses to use it again (CachingHostAllocator.h: use_count > 0).
+        """
+        self._pool = None
 
 
 def decode_buckets(max_rows: int) -> list[int]:
