@@ -32,6 +32,9 @@ extern "C" int sapwood_cuda_notify(const SapwoodNotifyParams* params, void* stre
                        "notify: done_ns must be aligned to 8 bytes");
   const cudaError_t status =
       cudaLaunchHostFunc(static_cast<cudaStream_t>(stream), Report, const_cast<SapwoodNotifyParams*>(params));
-  if (status != cudaSuccess) return sapwood_cuda::Fail(status, "notify: %s", cudaGetErrorString(status));
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // else the next launcher's LaunchStatus reports it as its own
+    return sapwood_cuda::Fail(status, "notify: %s", cudaGetErrorString(status));
+  }
   return 0;
 }

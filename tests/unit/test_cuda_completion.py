@@ -3,9 +3,11 @@ come. The device is played by the test."""
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,6 +101,28 @@ def test_a_step_whose_host_function_never_comes_is_found(device: Device, event_f
                 pass
     # Given up on: the last step queued none.
     assert len(device.host_functions) == MAX_LATE
+    completion.close()
+
+
+def test_what_a_host_function_writes_to_is_kept_until_it_has_come(device: Device, event_fd: int) -> None:
+    """However late: the driver holds its address."""
+    completion = watching(device, event_fd, grace_s=0.01)
+    written = []
+    for _ in range(MAX_LATE + 2):  # the last of them queued before the events are waited for
+        ticket = completion.ticket()
+        written.append(weakref.ref(ticket))
+        completion.watch(ticket)
+    for event in device.events:
+        event.reached.set()
+    while not ticket.done_ns:
+        wait(event_fd)
+    assert len(device.host_functions) == MAX_LATE + 2
+    device.host_functions.clear()
+    del ticket
+    completion.watch(completion.ticket())  # nothing holds those before by chance
+    device.events[-1].reached.set()
+    gc.collect()
+    assert all(reference() is not None for reference in written)
     completion.close()
 
 

@@ -50,6 +50,7 @@ class Ticket:
         self.params = NotifyParams(event_fd=event_fd, done_ns=self._done.ctypes.data_as(ctypes.c_void_p).value)
         self.error = ""
         self.queued_s = 0.0
+        self.has_host_function = False
         self.event: Event | None = None
 
     @property
@@ -103,6 +104,7 @@ class Completion:
             if len(self._tickets) == 1:
                 self._arrived.notify()
         if self.mode == "host_function":
+            ticket.has_host_function = True  # before it is queued: the thread may see the event at once
             try:
                 self._library.call("notify", ticket.params, self._stream)
             except SapwoodError as error:
@@ -175,6 +177,8 @@ class Completion:
             self._tell(ticket, str(error))
             return
         if not ticket.done_ns:
+            if ticket.has_host_function:  # from before the mode changed: it comes behind the event
+                self._late.append(ticket)
             self._tell(ticket)
 
     def _tell(self, ticket: Ticket, error: str = "") -> None:

@@ -297,6 +297,9 @@ class CudaExecutor:
         self.wait_idle()
         self._thread.join()
         self._completion.close()
+        if self._stream is not None:
+            with contextlib.suppress(RuntimeError):  # of a failed device
+                self._stream.synchronize()  # a host function says that a step is done, then writes to the eventfd
         os.close(self._fd)
 
     def take_trace(self) -> list[Trace]:
