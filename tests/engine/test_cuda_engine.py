@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 from sapwood import AsyncEngine, Engine, SamplingParams
 from sapwood.errors import SapwoodError
 from sapwood.program import cuda
-from sapwood.program.cuda_library import CudaLibrary, Params
+from sapwood.program.cuda_library import AttentionPlanParams, CudaLibrary, Params
 from sapwood.request import FinishReason
 
 PROMPTS = ["Once upon a time", "The dog went home and"]
@@ -97,23 +97,32 @@ def test_steps_are_queued_before_the_tokens_of_earlier_ones_are_known(tiny: str)
 
 
 class Failing:
-    """A library one of whose launches fails."""
+    """A library one of whose launches fails, or, of attention_plan, finds no room on the device."""
 
     def __init__(self, library: CudaLibrary) -> None:
         self.library = library
-        self.fails_at = {"rms_norm": 0, "sample": 0}  # calls from now
+        self.fails_at = {"rms_norm": 0, "sample": 0, "attention_plan": 0}  # calls from now
 
     def call(self, op: str, params: Params, stream: int | None = None) -> None:
         if self.fails_at.get(op, 0) > 0:
             self.fails_at[op] -= 1
-            if self.fails_at[op] == 0:
+            if self.fails_at[op] == 0 and isinstance(params, AttentionPlanParams):
+                params.max_items = 0
+            elif self.fails_at[op] == 0:
                 raise SapwoodError(f"{op}: out of luck")
         self.library.call(op, params, stream)
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "sample"])
-def test_a_step_that_cannot_be_launched_fails_alone(
-    cuda_device: tuple[CudaLibrary, str], monkeypatch: pytest.MonkeyPatch, tiny: str, op: str
+@pytest.mark.parametrize(
+    ("op", "said"),
+    [
+        ("rms_norm", "rms_norm: out of luck"),
+        ("sample", "sample: out of luck"),
+        ("attention_plan", "attention_plan failed with 1"),
+    ],
+)
+def test_a_step_that_cannot_be_computed_fails_alone(
+    cuda_device: tuple[CudaLibrary, str], monkeypatch: pytest.MonkeyPatch, tiny: str, op: str, said: str
 ) -> None:
     library = Failing(cuda_device[0])
     monkeypatch.setattr(cuda, "open_device", lambda: (library, cuda_device[1]))
@@ -125,7 +134,7 @@ def test_a_step_that_cannot_be_launched_fails_alone(
         library.fails_at[op] = 5
         failed = engine.generate(prompts, greedy)
         assert any(output.finish_reason is FinishReason.ABORT for output in failed)
-        assert all(f"{op}: out of luck" in (o.error or "") for o in failed if o.finish_reason is FinishReason.ABORT)
+        assert all(said in (o.error or "") for o in failed if o.finish_reason is FinishReason.ABORT)
         again = engine.generate(prompts, greedy)
         assert [o.token_ids for o in again] == [o.token_ids for o in expected]
         engine.flush_cache()

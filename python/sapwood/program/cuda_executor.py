@@ -232,6 +232,7 @@ class CudaExecutor:
         self._traces: collections.deque[Trace] = collections.deque(maxlen=trace_capacity)
         self._trace_capacity = trace_capacity
         self._stopped = False
+        self._forget_failure = False  # of attention's plans: said until it has been read, then zeroed
         self._thread = threading.Thread(target=self._loop, name="sapwood-executor", daemon=True)
         self._thread.start()
 
@@ -343,6 +344,7 @@ class CudaExecutor:
         assert step.place is not None
         answer = step.place.result
         if failed := int(answer[-FAILED_BYTES:].view(torch.int32)[0]):
+            self._forget_failure = True
             raise SapwoodError(
                 f"attention_plan failed with {failed} (cuda/attention/params.h): no room for a step, or wrong prefixes"
             )
@@ -382,6 +384,9 @@ class CudaExecutor:
             packed = self._packer.pack(plan, place.plan.numpy())
             with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 self._rows.blob[: packed.num_bytes].copy_(place.plan[: packed.num_bytes], non_blocking=True)
+                if self._forget_failure:
+                    self._forget_failure = False
+                    self._rows.failed.zero_()
                 self.launcher.model.copy_pages(packed.copies)
                 chunk = self.launcher.attention.shared_chunk
                 prefixes = self._packer.shared_prefixes(plan, chunk) if chunk else None
