@@ -233,6 +233,12 @@ def check_supported(program: Program, config: EngineConfig) -> None:
             f"{program.head_dim}; use --device cpu",
             "device",
         )
+    if config.enable_deterministic_inference and config.attention_backend == "flashinfer":
+        raise InvalidRequest(
+            "attention_backend 'flashinfer' splits keys by what else is in the batch, so it cannot serve "
+            "enable_deterministic_inference; leave one of the two out",
+            "attention_backend",
+        )
     if config.quantization is not None:
         raise InvalidRequest(
             f"quantization {config.quantization!r} is not possible on device 'cuda' yet; leave it out, or use "
