@@ -81,6 +81,11 @@ struct Planner {
 
   __device__ void FindPrefixChunks() {
     for (int segment = thread; segment < p.num_segments; segment += kThreads) PrefixChunks(segment) = 0;
+    if (p.prefix_indptr[0] == p.prefix_indptr[p.num_prefixes]) {  // nearly every step: no walk through empty lists
+      if (thread < p.num_prefixes) shared.prefix_rows[thread] = shared.prefix_chunks[thread] = 0;
+      __syncthreads();
+      return;
+    }
     __syncthreads();
     for (int prefix = warp; prefix < p.num_prefixes; prefix += kWarps) {
       const int begin = p.prefix_indptr[prefix], end = p.prefix_indptr[prefix + 1];
