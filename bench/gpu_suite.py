@@ -62,6 +62,7 @@ KERNEL_STAGES: Final = STAGES[:3]
 CASE_STAGES: Final = STAGES[3:]
 CHECK_S: Final = 90.0  # for the checks of one op
 CASE_S: Final = 60.0  # for one case of the time stage; the first also imports torch
+JIT_S: Final = 240.0  # the same where FlashInfer is there, which compiles its kernels when they are first used
 CHECK_JOBS: Final = 4
 REHEARSAL_SCALE: Final = 64
 # Packages that sapwood itself imports, without which there is neither host nor engine, and those that add rows there:
@@ -70,8 +71,9 @@ REQUIRED: Final = ("numpy", "msgspec")
 OPTIONAL: Final = ("uvloop", "flashinfer", "transformers")
 # Each kind of kernel once, and quick under a sanitizer.
 SANITIZED_OPS: Final = (
-    "rms_norm", "rope_kv_write", "silu_mul", "small_gemm", "attention", "attention_merge", "moe_align",
-    "moe_gemm_small", "moe_gather", "moe_gemm", "moe_combine",
+    "rms_norm", "rope_kv_write", "silu_mul", "small_gemm", "attention_plan", "attention", "attention_merge",
+    "moe_route", "moe_align", "moe_gemm_small", "moe_gather", "moe_gemm", "moe_combine", "sample", "row_ops",
+    "prepare_step", "commit_step",
 )  # fmt: skip
 SANITIZERS: Final = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_FOUND: Final = 99  # the exit status that compute-sanitizer is asked for
@@ -271,7 +273,7 @@ def time_child(args: argparse.Namespace) -> int:
             tell({"begin": case.name})
             sets = 2 if args.emulated else case.num_sets()
             try:
-                tell(gpu_timings.measure(case, device, clock, ceilings, sets))
+                tell(gpu_timings.measure(case, device, clock, ceilings, sets, tell))
             except Exception as error:  # the case's result; after a sticky error this process is of no more use
                 tell({"name": case.name, "failure": f"{type(error).__name__}: {error}"[:300]})
                 if not args.emulated:
@@ -425,9 +427,11 @@ def time_stage(args: argparse.Namespace, budget: Budget, names: Sequence[str]) -
     return others + [found.get(name, {"name": name, "missing": "not reached"}) for name in names]
 
 
-def watch(process: subprocess.Popen[bytes], path: Path, budget: Budget, case_s: float = CASE_S) -> str:
+def watch(process: subprocess.Popen[bytes], path: Path, budget: Budget, case_s: float | None = None) -> str:
     """Waits for a child that writes to `path`; how it ended. It is killed where it writes nothing for case_s, or where
     the budget is used up."""
+    if case_s is None:
+        case_s = CASE_S if lacks("flashinfer") else JIT_S
     size, since = -1, time.monotonic()
     while True:
         try:

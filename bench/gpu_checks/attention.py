@@ -51,8 +51,9 @@ class Case:
             at += pages_of[s]
             first = self.first_key(kv_len - q_len + 1)
             table[rows[s], first // size : pages_of[s]] = mine[first // size :]
-            for token in range(first, kv_len):
-                pool[mine[token // size], :, :, token % size] = d.randn(2, self.num_kv_heads, dim).bfloat16()
+            tokens_of = torch.arange(first, kv_len, device=d.name)
+            values = d.randn(kv_len - first, 2, self.num_kv_heads, dim).bfloat16()
+            pool[mine[tokens_of // size].long(), :, :, tokens_of % size] = values
         indptr = torch.tensor([0, *(q for q, _ in self.segments)]).cumsum(0).int()
         max_tiles = sum(-(-q * self.group // self.rows_per_tile) for q, _ in self.segments)
         max_items = sum(-(-q * self.group // self.rows_per_tile) * -(-kv // self.chunk_len) for q, kv in self.segments)
@@ -177,6 +178,7 @@ CASES = (
     Case([(21, 300)], rows_per_tile=128, group=7, head_dim=40, num_kv_heads=1, page_size=256, chunk_len=384,
          softcap=20.0, num_blocks=1, portable=False),
     Case([(40, 200)], rows_per_tile=128, head_dim=128, num_kv_heads=1, page_size=12, chunk_len=256, portable=False),
+    Case([(9, 140)], rows_per_tile=128, head_dim=128, num_kv_heads=1, page_size=4, chunk_len=256, portable=False),
 )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sapwood.program.cuda_library import CudaLibrary, Params
@@ -23,6 +25,19 @@ class Device:
     def call(self, op: str, params: Params) -> None:
         """Launch on torch's current stream; SapwoodError where it fails."""
         self.library.call(op, params, torch.cuda.current_stream().cuda_stream if self.name == "cuda" else None)
+
+    def captured(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """On a GPU the replay of a graph of what `launch` launches, which runs once before; else `launch` itself."""
+        if self.name != "cuda":
+            return launch
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            launch()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            launch()
+        return graph.replay
 
     def randn(self, *shape: int) -> torch.Tensor:
         """Normal f32."""

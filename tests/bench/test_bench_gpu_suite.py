@@ -113,7 +113,8 @@ def test_what_fails_in_a_case(emulated: CudaLibrary) -> None:
     assert set(row["baselines"]) == {"half"} and row["error"] == pytest.approx(1.0)
     assert row["gbs"] * 1e9 == pytest.approx(row["of_copy"] * CEILINGS.copy)
     assert row["tflops"] * 1e12 == pytest.approx(row["of_peak"] * CEILINGS.matmul)
-    assert row["of_target"] == pytest.approx(5.0 / row["us"])
+    slower = gpu_timings.H200.copy / CEILINGS.copy  # what moves 10 bytes for 20 operations is bound by memory
+    assert row["of_target"] == pytest.approx(5.0 * slower / row["us"])
     with pytest.raises(SapwoodError, match="rms_norm"):
         gpu_timings.measure(gpu_timings.Case("a", (), 10, 20, bad), device, clock, CEILINGS, 1)
 
