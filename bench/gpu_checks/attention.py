@@ -179,6 +179,7 @@ CASES = (
          softcap=20.0, num_blocks=1, portable=False),
     Case([(40, 200)], rows_per_tile=128, head_dim=128, num_kv_heads=1, page_size=12, chunk_len=256, portable=False),
     Case([(9, 140)], rows_per_tile=128, head_dim=128, num_kv_heads=1, page_size=4, chunk_len=256, portable=False),
+    Case([(9, 450)], rows_per_tile=128, num_kv_heads=1, chunk_len=192, portable=False),
 )  # fmt: skip
 
 

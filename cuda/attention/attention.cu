@@ -333,6 +333,7 @@ struct Block {
 // Two blocks of a processor: told nothing, ptxas aims at more where shared memory has no room for them, and spills.
 template <int kDim, bool kFewRows>
 __global__ void __launch_bounds__(Shape<kDim, kFewRows>::kThreads, 2) AttentionKernel(const SapwoodAttentionParams p) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared);
   Block<kDim, kFewRows> block(p, shared);
   // The count is read anew each time: where rows are many there is no register to keep it.
@@ -355,6 +356,7 @@ void LaunchAttention(const SapwoodAttentionParams& p, cudaStream_t stream) {
 constexpr int kMergeWarps = 8;
 
 __global__ void __launch_bounds__(kMergeWarps* kWarp) AttentionMergeKernel(const SapwoodAttentionParams p) {
+  AwaitPredecessor();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, kv_head = blockIdx.y;
   const int num_tiles = p.counts[0];
   for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {

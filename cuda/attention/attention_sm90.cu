@@ -344,6 +344,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   SAPWOOD_DYNAMIC_SHARED(shared);
   if (threadIdx.x == 0) Ring<kDim>(shared).Init();
   __syncthreads();
+  AwaitPredecessor();
   if (threadIdx.x < kGroup) {
     GiveUpRegisters<kProducerRegisters>();
     if (threadIdx.x < kWarp) Produce<kDim>(p, k_map, v_map, shared);

@@ -231,6 +231,7 @@ struct Planner {
 
 template <bool kPrefixes>
 __global__ void __launch_bounds__(kThreads) AttentionPlanKernel(const SapwoodAttentionPlanParams p) {
+  AwaitPredecessor();
   __shared__ typename Planner<kPrefixes>::Shared shared;
   Planner<kPrefixes> planner(p, shared);
   if constexpr (kPrefixes) {

@@ -35,6 +35,7 @@ __device__ SapwoodStepResultItem Commit(const SapwoodCommitStepParams& p, const 
 }
 
 __global__ void __launch_bounds__(kThreads) CommitStepKernel(const SapwoodCommitStepParams p) {
+  AwaitPredecessor();
   const SapwoodPlanBlob& blob = *p.blob;
   if (p.result->error == SAPWOOD_STEP_OK) {
     for (int i = threadIdx.x; i < blob.num_items; i += kThreads) ResultItems(p.result)[i] = Commit(p, blob, i);

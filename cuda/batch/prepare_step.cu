@@ -230,11 +230,13 @@ __device__ void PrepareTokensAndLogitRows(const SapwoodPrepareStepParams& p, int
 }
 
 __global__ void __launch_bounds__(kThreads) PrepareStepKernel(const SapwoodPrepareStepParams p, bool all) {
+  AwaitPredecessor();
   PrepareItems(p);  // what the rest reads is written before its last barrier
   if (all) PrepareTokensAndLogitRows(p, threadIdx.x, kThreads);
 }
 
 __global__ void __launch_bounds__(kTokenThreads, 4) PrepareTokensKernel(const SapwoodPrepareStepParams p) {
+  AwaitPredecessor();
   PrepareTokensAndLogitRows(p, static_cast<int>(blockIdx.x * kTokenThreads + threadIdx.x),
                             static_cast<int>(gridDim.x * kTokenThreads));
 }

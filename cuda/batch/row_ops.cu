@@ -69,6 +69,7 @@ __device__ __forceinline__ void ApplyRowOp(const SapwoodRowOpsParams& p, const S
 }
 
 __global__ void __launch_bounds__(kThreads, 1) RowOpsKernel(const SapwoodRowOpsParams p) {
+  AwaitPredecessor();
   __shared__ int first_error;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   if (threadIdx.x == 0) {

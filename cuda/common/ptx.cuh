@@ -28,6 +28,11 @@ __device__ __forceinline__ void CpAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// The 32 bytes around an address on their way into L2.
+__device__ __forceinline__ void PrefetchL2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Four 8 x 8 matrices of 16-bit elements: lanes 8 i .. 8 i + 7 name the rows of matrix i, lane l gets of each row l / 4,
 // elements 2 (l % 4) and + 1.
 __device__ __forceinline__ void LdMatrix4(uint32_t (&out)[4], const void* row) {

@@ -20,6 +20,7 @@ template <typename X, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     RmsNormKernel(const X* x, const float* weight, __nv_bfloat16* y, int64_t x_stride, int64_t y_stride, int hidden,
                   float eps, float weight_offset) {
+  AwaitPredecessor();
   __shared__ float warp_sums[kWarps];
   x += blockIdx.x * x_stride;
   y += blockIdx.x * y_stride;

@@ -17,6 +17,7 @@ constexpr int kWarps = 8;  // per block
 constexpr int kMaxHeadDim = 256;
 
 __global__ void __launch_bounds__(kWarps* kWarp) RopeKvWriteKernel(const SapwoodRopeKvWriteParams p) {
+  AwaitPredecessor();
   __shared__ float heads[kWarps][kMaxHeadDim];
   const int lane = threadIdx.x % kWarp;
   float* head_values = heads[threadIdx.x / kWarp];

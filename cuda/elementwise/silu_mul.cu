@@ -69,6 +69,7 @@ template <bool kVector>
 __global__ void __launch_bounds__(kThreads)
     SiluMulKernel(const __nv_bfloat16* x, __nv_bfloat16* y, int64_t x_stride, int64_t y_stride, int width,
                   int activation) {
+  AwaitPredecessor();
   const int i = static_cast<int>(blockIdx.y) * kBlockElements + static_cast<int>(threadIdx.x) * kElements;
   if (i >= width) return;
   x += blockIdx.x * x_stride + i;

@@ -22,6 +22,8 @@
 // How tall. x is read (from L2) once a block, so a block wants many rows of w: 16 * kTiles >= 4 num_rows adds at most
 // a quarter to what passes from L2. But all multiprocessors want work: where n is too small for that, lower blocks.
 //
+// While the kernel before still runs, the first stages of weights, which no kernel writes, are brought to L2.
+//
 // Copies of what does not exist (rows past n and num_rows, elements past k) write zeros.
 #include <cstdint>
 
@@ -96,6 +98,17 @@ __global__ void __launch_bounds__(kThreads, 2) SmallGemmKernel(const SapwoodSmal
     }
     CpAsyncCommit();  // also where nothing was left to fetch: the wait below counts groups
   };
+
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    const int k = (warp + stage * kWarps) * kStep + 16 * pair;  // 32 bytes of the 128 that four lanes fetch
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int row = first + 8 * i + group;
+      if (row < p.n && k < p.k) PrefetchL2(w + row * p.w_stride + k);
+    }
+  }
+  AwaitPredecessor();
 
   float sums[kTiles][2][4] = {};
 #pragma unroll

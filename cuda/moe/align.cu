@@ -33,6 +33,7 @@ __device__ __forceinline__ void LoadIds(const int32_t* ids, int i, int end, int 
 }
 
 __global__ void __launch_bounds__(kThreads) MoeAlignKernel(const SapwoodMoeAlignParams p) {
+  AwaitPredecessor();
   __shared__ int counts[kMaxExperts];
   __shared__ int warp_mine[kWarps];
   __shared__ int warp_before[kWarps];

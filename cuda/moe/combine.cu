@@ -21,6 +21,7 @@ static_assert(kMaxTopK % kAhead == 0);
 
 template <typename Z, bool kVector>
 __global__ void __launch_bounds__(kThreads, kBlocks) MoeCombineKernel(const SapwoodMoeCombineParams p) {
+  AwaitPredecessor();
   __shared__ float weights[kMaxTopK];
   __shared__ int64_t rows[kMaxTopK];  // of z; -1 where the slot does not count
   const int64_t token = blockIdx.x;

@@ -18,6 +18,7 @@ constexpr int kChunk = 8;  // elements of 16 bytes
 constexpr int kAhead = 4;
 
 __global__ void __launch_bounds__(kThreads) MoeGatherKernel(const SapwoodMoeGatherParams p) {
+  AwaitPredecessor();
   const int lane = threadIdx.x % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= *p.num_padded) return;

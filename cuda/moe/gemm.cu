@@ -54,6 +54,7 @@ __device__ __forceinline__ int Place(int row, int chunk) {
 __device__ __forceinline__ int OutPlace(int row, int chunk) { return row * kTile + (chunk ^ (row % 8)) * kChunk; }
 
 __global__ void __launch_bounds__(kThreads, kBlocks) MoeGemmKernel(const SapwoodMoeGemmParams p) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared);
   __nv_bfloat16* const ring = reinterpret_cast<__nv_bfloat16*>(shared);
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;

@@ -95,6 +95,7 @@ Workspace Lay(void* memory, int num_experts) {
 }
 
 __global__ void __launch_bounds__(kThreads) MoeGemmGroupsKernel(const SapwoodMoeGemmParams p, const Workspace w) {
+  AwaitPredecessor();
   for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
     const int64_t begin = p.expert_offsets[e];
     w.problems[e] = Problem(p.expert_offsets[e + 1] - static_cast<int>(begin), p.n, p.k);

@@ -44,6 +44,7 @@ __device__ __forceinline__ void Store(__nv_bfloat16* y, float value) { *y = __fl
 
 template <typename Y>
 __global__ void __launch_bounds__(kThreads, kBlocks) MoeGemmSmallKernel(const SapwoodMoeGemmSmallParams p) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared);
   __nv_bfloat16* const tiles = reinterpret_cast<__nv_bfloat16*>(shared);
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;

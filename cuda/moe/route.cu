@@ -65,6 +65,7 @@ __device__ __forceinline__ unsigned BestGroups(const float (&choice)[kPerLane], 
 
 template <typename X>
 __global__ void __launch_bounds__(kWarps* kWarp) MoeRouteKernel(const SapwoodMoeRouteParams p) {
+  AwaitPredecessor();
   const int lane = threadIdx.x % kWarp;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (token >= p.num_tokens) return;

@@ -433,6 +433,7 @@ __device__ __forceinline__ void SayBad(const SapwoodSampleParams& p, int64_t r) 
 
 // At least one block on a multiprocessor: the compiler is not to save registers for a second one.
 __global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SapwoodSampleParams p) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared_bytes);
   Shared& s = *reinterpret_cast<Shared*>(shared_bytes);
   uint32_t* allowed = reinterpret_cast<uint32_t*>(shared_bytes + sizeof(Shared));

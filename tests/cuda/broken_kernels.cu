@@ -18,6 +18,7 @@ __device__ void Say(int* out, bool right) {
 // Each thread reads what the thread `step` further wrote.
 template <bool kBarrier>
 __global__ void Neighbour(int* out, int step) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared);
   int* const values = reinterpret_cast<int*>(shared);
   const int n = blockDim.x, i = threadIdx.x;
@@ -28,8 +29,11 @@ __global__ void Neighbour(int* out, int step) {
   Say(out, all);
 }
 
+__global__ void DoesNotAwait(int* out) { Say(out, true); }
+
 template <bool kWait>
 __global__ void Copy(int* out, const int* from) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared);
   CpAsync16(shared + 16 * threadIdx.x, from + 4 * threadIdx.x, true);
   CpAsyncCommit();
@@ -40,18 +44,21 @@ __global__ void Copy(int* out, const int* from) {
 }
 
 __global__ void MisalignedCopy(int* out, const int* from) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared);
   CpAsync16(shared + 16 * threadIdx.x, from + 4 * threadIdx.x + 1, true);
   Say(out, true);
 }
 
 __global__ void HalfAWarpShuffles(int* out) {
+  AwaitPredecessor();
   int x = threadIdx.x;
   if (threadIdx.x % 2 == 0) x = __shfl_xor_sync(0xffffffffu, x, 2);
   Say(out, x >= 0);
 }
 
 __global__ void DivergedExchange(int* out) {
+  AwaitPredecessor();
   int x = threadIdx.x;
   if (threadIdx.x < 16) {
     x = __shfl_xor_sync(0xffffffffu, x, 1);
@@ -62,6 +69,7 @@ __global__ void DivergedExchange(int* out) {
 }
 
 __global__ void BarrierInABranch(int* out) {
+  AwaitPredecessor();
   if (threadIdx.x < 40) __syncthreads();
   if (threadIdx.x < 20) __syncthreads();
   else __shfl_sync(0xffffffffu, 1, 0);
@@ -70,6 +78,7 @@ __global__ void BarrierInABranch(int* out) {
 
 // a [16][16] times b [16][8] with a(i, k) = i + k, b(k, j) = k - j: whole numbers, exact in bf16 and f32.
 __global__ void Product(int* out) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared);
   __nv_bfloat16* const a = reinterpret_cast<__nv_bfloat16*>(shared);  // [16][16], then b transposed [16 columns][16], then b
   const int lane = threadIdx.x;
@@ -111,6 +120,7 @@ enum class Mistake { kNone, kNoWait, kNoFence, kNoProductWait, kNoInit };
 // The matrix by TMA, then products of it as b with a(i, k) = i % 8 - k: once its rows are columns of b, once they are k.
 template <Mistake kMistake>
 __global__ void WarpGroupProduct(int* out, const __grid_constant__ CUtensorMap map) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared);
   unsigned char* const matrix = shared + (1024 - SharedAddress(shared) % 1024) % 1024;
   uint64_t* const barrier = reinterpret_cast<uint64_t*>(matrix + kSide * kSide * 2);
@@ -159,6 +169,7 @@ __global__ void WarpGroupProduct(int* out, const __grid_constant__ CUtensorMap m
 
 // Two warps; the first of them only where it should not.
 __global__ void NamedBarriers(int* out, int waiting_warps) {
+  AwaitPredecessor();
   SAPWOOD_DYNAMIC_SHARED(shared);
   int* const value = reinterpret_cast<int*>(shared);
   const int warp = threadIdx.x / kWarp;
@@ -194,6 +205,7 @@ extern "C" __attribute__((visibility("default"))) int run(const char* name, int*
   if (is("neighbour")) Launch(Neighbour<true>, 2, 64, 256, nullptr, out, 1);
   if (is("no barrier, next")) Launch(Neighbour<false>, 2, 64, 256, nullptr, out, 1);
   if (is("no barrier, previous")) Launch(Neighbour<false>, 2, 64, 256, nullptr, out, -1);
+  if (is("no wait for the kernel before")) Launch(DoesNotAwait, 1, 64, 0, nullptr, out);
   if (is("copy")) Launch(Copy<true>, 1, 64, 1024, nullptr, out, numbers);
   if (is("no wait")) Launch(Copy<false>, 1, 64, 1024, nullptr, out, numbers);
   if (is("misaligned copy")) Launch(MisalignedCopy, 1, 64, 1024, nullptr, out, numbers);

@@ -57,6 +57,7 @@ def test_a_named_barrier_holds_those_that_wait_for_it(broken: ctypes.CDLL) -> No
         ("half a warp shuffles", "threads wait for what will not come: thread 0 at a shuffle"),
         ("diverged exchange", "reaches a vote where others of its warp are at a shuffle"),
         ("barrier in a branch", "threads wait for what will not come"),
+        ("no wait for the kernel before", "ends without AwaitPredecessor"),
         ("no fence before wgmma", "wgmma without a fence since the last wait"),
         ("no mbarrier", "an mbarrier that nobody has initialised"),
         ("named barrier of three", "a named barrier of which others expect another number of threads"),

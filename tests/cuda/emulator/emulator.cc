@@ -84,6 +84,7 @@ struct Fiber {
   Thread where;
   int index = 0;
   bool done = false;
+  bool waited = false;  // for the kernel before
   const uint64_t* waits_for = nullptr;
   uint64_t seen = 0;
   const char* reason = "";
@@ -165,6 +166,7 @@ void OpenBarrier(Block& block) {
 void FiberMain() {
   Machine& m = TheMachine();
   (*m.kernel)();
+  if (!m.current->waited) Give("ends without AwaitPredecessor: the next kernel might begin before the one before has ended");
   m.current->done = true;
   Block& block = m.block;
   if (--block.num_live > 0 && block.at_barrier == block.num_live) OpenBarrier(block);
@@ -276,6 +278,8 @@ void Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     m.text = m.error;
   }
 }
+
+void AwaitPredecessor() { TheMachine().current->waited = true; }
 
 void Barrier() { BarrierReduce(0, false); }
 

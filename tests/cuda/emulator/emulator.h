@@ -79,6 +79,9 @@ void CpAsync(void* shared, const void* global, int bytes, int valid_bytes);
 void CpAsyncCommit();
 void CpAsyncWait(int groups_left);
 
+// A thread that ends without ends the launch with an error.
+void AwaitPredecessor();
+
 // As the hardware numbers shared memory. A block's dynamic part does not begin at a multiple of more than 128.
 uint32_t SharedAddress(const void* shared);
 
@@ -314,6 +317,8 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
 
 namespace sapwood_cuda {
 
+inline void AwaitPredecessor() { ::emulator::AwaitPredecessor(); }
+
 template <typename... Params, typename... Args>
 void Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {
   ::emulator::Run(grid, block, shared_bytes, [=] { kernel(args...); });
@@ -323,6 +328,7 @@ inline uint32_t SharedAddress(const void* shared) { return ::emulator::SharedAdd
 inline void CpAsync16(void* shared, const void* global, bool valid) {
   ::emulator::CpAsync(shared, global, 16, valid ? 16 : 0);
 }
+inline void PrefetchL2(const void*) {}
 inline void CpAsyncCommit() { ::emulator::CpAsyncCommit(); }
 template <int kLeft>
 void CpAsyncWait() {
