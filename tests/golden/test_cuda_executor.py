@@ -93,6 +93,26 @@ def test_attention_that_no_graph_has_room_for(built: Built, monkeypatch: pytest.
     assert ways["decode graph"] <= 1 and ways["run graphs"] >= NUM_NEW
 
 
+@named("qwen3-mixed")
+def test_what_attention_takes_for_a_step_was_reckoned_with(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_attention, "PARTIAL_BYTES", 4096)
+    taken: list[int] = []
+    with Driver(built.bf16_dir, device="cuda", disable_cuda_graph=True) as driver:
+        attention = driver.model.executor.launcher.attention
+        take = attention._take
+
+        def keep(*args: Any) -> Any:
+            work = take(*args)
+            taken.append(work.partial_o.nbytes)
+            return work
+
+        attention._take = keep
+        driver.generate([list(range(4, 94))], 2, chunk=48)
+        per_window = attention.step_bytes(48, 90) // 2  # of two windows
+        assert taken and max(taken) <= per_window < 3 * max(taken)
+        assert attention.step_bytes(1, 1) == 0
+
+
 @pytest.mark.parametrize("name", ["qwen3-mixed", "mistral-window", "llama-mha"])
 def test_reference_attention(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     tiny = next(t for t in TINY if t.name == name)

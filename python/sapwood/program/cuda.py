@@ -65,8 +65,8 @@ class WeightSource:
 class CudaDevice:
     """A model on a device: weights and buffers are taken here, the KV pool by `start`.
 
-    free_bytes   of the device, measured after the largest step has run once and with what the graphs will need left
-                 out; None on the emulated device, whose memory is the machine's
+    free_bytes   of the device, measured after the largest step has run once, and with what the graphs will need and
+                 attention may take for a step left out; None on the emulated device, whose memory is the machine's
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class CudaDevice:
         )
         self._attention = self._make_attention(program)
         self._launcher = self._make_launcher()
-        self.free_bytes = self._measure() if self._stream is not None else None
+        self.free_bytes = self._measure(context_len) if self._stream is not None else None
         log.info(
             "weights %s, buffers %s", _gib(self._weight_bytes), _gib(self._used_bytes() - before - self._weight_bytes)
         )
@@ -169,7 +169,7 @@ class CudaDevice:
             self.model, self._attention, self._stream, max_graph_rows=max_rows, max_graph_tokens=max_tokens
         )
 
-    def _measure(self) -> int:
+    def _measure(self, context_len: int) -> int:
         """Free bytes once everything has been used that is going to be used, the pool apart.
 
         Runs the largest step, over a pool of one page, and captures the largest graph of each kind: the others of its
@@ -190,7 +190,11 @@ class CudaDevice:
         graphs.clear()
         self._launcher.forget_captures()
         torch.cuda.empty_cache()
-        return max(0, torch.cuda.mem_get_info(self._device)[0] - graph_bytes)
+        free = max(0, torch.cuda.mem_get_info(self._device)[0] - graph_bytes)
+        # A checkpoint may promise more context than any pool here can hold.
+        token_bytes = sum(group.page_bytes for group in self.groups) // self._rows.page_size
+        step_bytes = self._attention.step_bytes(self._max_tokens, min(context_len, free // token_bytes))
+        return max(0, free - step_bytes)
 
     def _take_pool(self, num_pages: Sequence[int]) -> None:
         self.model.set_pool(num_pages)

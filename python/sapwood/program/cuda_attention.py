@@ -55,6 +55,10 @@ class AttentionBackend(Protocol):
         """Whether a captured step of decodes has room for these."""
         ...
 
+    def step_bytes(self, max_tokens: int, context_len: int) -> int:
+        """Most memory that a step takes for itself: one of max_tokens at the end of a context of that length."""
+        ...
+
     def load(self, lens: StepLens) -> None:
         """Bring what a step needs of the host to the device; comes before `begin` and before a graph."""
         ...
@@ -175,6 +179,14 @@ class SapwoodAttention:
 
     def fits_graph(self, lens: StepLens) -> bool:
         return all(self._num_items(t, lens) <= self._most_items(t) for t in self._tilings)
+
+    def step_bytes(self, max_tokens: int, context_len: int) -> int:
+        lens = StepLens(np.array([max_tokens], np.int32), np.array([context_len], np.int64))
+        most = 0
+        for t in self._tilings:
+            if (num_items := self._num_items(t, lens)) > self._most_items(t):
+                most = max(most, 4 * num_items * self._item_floats(t))
+        return most * len(self._windows)
 
     def load(self, lens: StepLens) -> None:
         indptr, segments, prefix_lens = lens.prefixes or (_NONE, _NONE, _NONE)
@@ -322,6 +334,9 @@ class FlashInferAttention:
     def fits_graph(self, lens: StepLens) -> bool:
         return False
 
+    def step_bytes(self, max_tokens: int, context_len: int) -> int:
+        return 0
+
     def load(self, lens: StepLens) -> None:
         pass
 
@@ -375,6 +390,9 @@ class ReferenceAttention:
 
     def fits_graph(self, lens: StepLens) -> bool:
         return False
+
+    def step_bytes(self, max_tokens: int, context_len: int) -> int:
+        return 0
 
     def load(self, lens: StepLens) -> None:
         pass
