@@ -310,6 +310,7 @@ class Paged:
         self.tiles = empty(d, self.max_tiles, 4, dtype=torch.int32)
         self.items = empty(d, self.max_items, 2, dtype=torch.int32)
         self.counts = empty(d, 3, dtype=torch.int32)
+        self.tickets = torch.zeros(2 * self.kv_heads, device=d.name, dtype=torch.int32)
         partials = (self.max_items, self.kv_heads, self.rows_per_tile)
         self.partial_o = empty(d, *partials, self.dim, dtype=torch.float32)
         self.partial_ml = empty(d, *partials, 2, dtype=torch.float32)
@@ -355,7 +356,8 @@ class Paged:
             partial_o=self.partial_o.data_ptr(), partial_ml=self.partial_ml.data_ptr(), group=self.group,
             head_dim=self.dim, page_size=self.page_size, rows_per_tile=self.rows_per_tile, chunk_len=self.chunk_len,
             window=0, scale=self.dim**-0.5, softcap=0.0, num_blocks=self.num_blocks,
-            num_pages=pool.shape[0], portable=self.portable,
+            num_pages=pool.shape[0],
+            tickets=None if self.portable else self.tickets.data_ptr(),
         )  # fmt: skip
 
     def sdpa(self) -> Launch:

@@ -69,6 +69,7 @@ class Case:
             "tiles": torch.full((max_tiles + 1, 4), -1, device=d.name, dtype=torch.int32),
             "items": torch.full((max_items + 1, 2), -1, device=d.name, dtype=torch.int32),
             "counts": torch.full((4,), -1, device=d.name, dtype=torch.int32),
+            "tickets": torch.zeros(2 * self.num_kv_heads, device=d.name, dtype=torch.int32),
             "partial_o": d.poison(*partials, dim, dtype=torch.float32),
             "partial_ml": d.poison(*partials, 2, dtype=torch.float32),
             "sinks": 4 + 3 * d.randn(hq),  # some above all scores, some below
@@ -107,7 +108,8 @@ class Case:
             sinks=t["sinks"].data_ptr() if self.sinks else None, num_kv_heads=self.num_kv_heads, group=self.group,
             head_dim=self.head_dim, page_size=self.page_size, rows_per_tile=self.rows_per_tile,
             chunk_len=self.chunk_len, window=self.window, scale=self.scale, softcap=self.softcap,
-            num_blocks=self.num_blocks, num_pages=t["pool"].shape[0], portable=self.portable,
+            num_blocks=self.num_blocks, num_pages=t["pool"].shape[0],
+            tickets=None if self.portable else t["tickets"].data_ptr(),
         )  # fmt: skip
 
     def run(self, d: Device) -> torch.Tensor:
@@ -197,6 +199,7 @@ def check_attention(d: Device) -> int:
         assert relative < 6e-3, f"{case.segments}: relative error {relative:.2e}"
         out = case.tensors["out"]
         assert out[-1].isnan().all() and out[:, got.shape[1] * got.shape[2] :].isnan().all(), "wrote outside its rows"
+        assert not case.tensors["tickets"].any(), "tickets are left for the next launch"
         case.num_blocks = 11
         for name in ("out", "partial_o", "partial_ml"):
             case.tensors[name].fill_(float("nan"))

@@ -245,6 +245,25 @@ struct Block {
     }
   }
 
+  // Of few rows: two neighbouring dims of one.
+  __device__ void EmitPair(int row, int dim, float x0, float x1, float row_m, float row_l) const {
+    if (row >= item.num_rows || dim >= p.head_dim) return;
+    if (item.partial) {
+      int place = item.place, tile_row = row;
+      if (item.shared_rows != nullptr) {
+        const SapwoodAttentionSharedRow shared_row = item.SharedRow(row);
+        place += shared_row.first_place;
+        tile_row = shared_row.tile_row;
+      }
+      const int64_t at = (static_cast<int64_t>(place) * p.num_kv_heads + kv_head) * S::kRows + tile_row;
+      *reinterpret_cast<float2*>(p.partial_o + at * p.head_dim + dim) = make_float2(x0, x1);
+      if (dim == 0) *reinterpret_cast<float2*>(p.partial_ml + 2 * at) = make_float2(row_m, row_l);
+      return;
+    }
+    const RowOutput to = OutputOf(p, item, kv_head, row, row_m, row_l);
+    *reinterpret_cast<__nv_bfloat162*>(to.out + dim) = __floats2bfloat162_rn(x0 * to.weight, x1 * to.weight);
+  }
+
   __device__ void Finish(int index) {
     item = ItemOf<kFewRows>(p, index, S::kRows);  // anew: the loop has no registers to keep it
 #pragma unroll
@@ -260,12 +279,8 @@ struct Block {
       for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = WarpRow() + 16 * t + 8 * half + lane / 4;
-#pragma unroll
-          for (int d = 0; d < kDim / 8; ++d) {
-            Emit<kFewRows>(p, item, kv_head, S::kRows, row, 8 * d + lane % 4 * 2, o[t][d][2 * half],
-                           o[t][d][2 * half + 1], m[t][half], l[t][half]);
-          }
+          EmitRow<kDim>(p, item, kv_head, S::kRows, WarpRow() + 16 * t + 8 * half + lane / 4, m[t][half], l[t][half],
+                        [&](int d, int i) { return o[t][d][2 * half + i]; });
         }
       }
     } else {
@@ -304,7 +319,7 @@ struct Block {
         x0 += all_o[at * kDim + dim] * weight;
         x1 += all_o[at * kDim + dim + 1] * weight;
       }
-      Emit<kFewRows>(p, item, kv_head, S::kRows, row, dim, x0, x1, most, sum);
+      EmitPair(row, dim, x0, x1, most, sum);
     }
   }
 
@@ -410,7 +425,6 @@ int Check(const char* op, const SapwoodAttentionParams& p) {
   SAPWOOD_CUDA_REQUIRE(p.softcap >= 0.0f, "%s: softcap must not be negative, got %g", op, static_cast<double>(p.softcap));
   SAPWOOD_CUDA_REQUIRE(p.num_blocks > 0, "%s: num_blocks must be positive, got %d", op, p.num_blocks);
   SAPWOOD_CUDA_REQUIRE(p.num_pages > 0, "%s: num_pages must be positive, got %d", op, p.num_pages);
-  SAPWOOD_CUDA_REQUIRE(p.portable == 0 || p.portable == 1, "%s: portable must be 0 or 1, got %d", op, p.portable);
   const int64_t kv_width = static_cast<int64_t>(p.num_kv_heads) * p.head_dim, q_width = kv_width * p.group;
   SAPWOOD_CUDA_REQUIRE(p.q_stride >= q_width && p.q_stride % kPiece == 0,
                        "%s: q_stride must be a multiple of %d and at least %lld, got %lld", op, kPiece,
@@ -423,7 +437,7 @@ int Check(const char* op, const SapwoodAttentionParams& p) {
                        static_cast<long long>(kv_width * p.page_size), static_cast<long long>(p.page_stride));
   SAPWOOD_CUDA_REQUIRE(p.q && p.out && p.k_pages && p.v_pages && p.page_table && p.page_rows && p.q_indptr &&
                            p.kv_lens && p.tiles && p.items && p.counts && p.partial_o && p.partial_ml,
-                       "%s: no pointer but sinks, shared_tiles and shared_rows may be null", op);
+                       "%s: no pointer but tickets, sinks, shared_tiles and shared_rows may be null", op);
   SAPWOOD_CUDA_REQUIRE(Aligned(p.q, 16) && Aligned(p.k_pages, 16) && Aligned(p.v_pages, 16) && Aligned(p.out, 4) &&
                            Aligned(p.partial_o, 8) && Aligned(p.partial_ml, 8) && Aligned(p.shared_rows, 16),
                        "%s: q, k_pages, v_pages and shared_rows must be aligned to 16 bytes, out to 4, partial_o and "
@@ -444,7 +458,7 @@ int sapwood_cuda_attention(const SapwoodAttentionParams* params, void* stream) {
   const SapwoodAttentionParams& p = *params;
   if (const int status = sapwood_cuda::Check("attention", p)) return status;
 #ifdef SAPWOOD_CUDA_SM90
-  if (p.portable == 0 && sapwood_cuda::AttentionSm90Serves(p) && sapwood_cuda::Sm90Processors() > 0) {
+  if (sapwood_cuda::AttentionSm90Serves(p) && sapwood_cuda::Sm90Processors() > 0) {
     return sapwood_cuda::AttentionSm90(p, static_cast<cudaStream_t>(stream));
   }
 #endif

@@ -2,7 +2,8 @@
 // 2407.08608). Items, their rows and their results are those of attention.cu; a block of three warp groups computes one
 // after the other, in steps of kKeys keys:
 //
-//   the producer, one warp, walks kStages places ahead: a lane looks up a page and copies 64 columns of its K and its V
+//   the producer, one warp, draws the item's number and walks kStages places ahead of the consumers: a lane looks up a page
+//   and copies 64 columns of its K and its V
 //   two consumers of 64 rows each, Q in registers:
 //     S = Q K^T of the first step; softmax
 //     for each further step: issue S = Q K^T of it, then O += P V of the one before; softmax of S while O runs on
@@ -10,6 +11,9 @@
 //
 // The consumers take turns to issue: while one multiplies, the other has its exponentials. Which is all that the turns are
 // for; each consumer's registers are its own.
+//
+// Blocks draw tickets for items, because the items of a prompt have from one step to all of a chunk's, and the list begins
+// with the long ones. The last block to find none left puts the tickets back for the next launch.
 //
 // Places of K and V: [kDim / 64 column blocks][kKeys][64], 128 bytes a row, swizzled as TMA writes and wgmma reads it.
 // The pages of a step that no row of the tile sees are not copied, and what a copied page holds beyond the tile's keys is
@@ -41,6 +45,7 @@ constexpr int kRowBytes = 2 * kColumns;
 constexpr int kBlockBytes = kKeys * kRowBytes;  // of a column block of a step
 constexpr int kCoreBytes = 8 * kRowBytes;       // eight rows, of which the swizzle makes a unit
 constexpr int kMinPage = 8;                     // tokens: a copy writes whole units
+constexpr int kItems = 2;                       // numbers of items on their way from the producer
 // A processor has 65536 registers, and the kernel begins with 168 for each thread.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kGroup * kProducerRegisters + kConsumerThreads * kConsumerRegisters <= 65536);
@@ -54,23 +59,28 @@ struct Shape {
   static constexpr int kBlocks = kDim / kColumns;
   static constexpr int kStages = kDim > 64 ? 3 : 4;
   static constexpr int kTileBytes = kBlocks * kBlockBytes;  // of K, or of V
-  static constexpr int kBarriers = 4 * kStages;
-  static constexpr int kSharedBytes = kCoreBytes + 2 * kStages * kTileBytes + kBarriers * 8;  // begins at a unit
+  static constexpr int kBarriers = 4 * kStages + 2 * kItems;
+  // The places begin at a unit.
+  static constexpr int kSharedBytes = kCoreBytes + 2 * kStages * kTileBytes + kBarriers * 8 + kItems * 4;
   static_assert(kKeys / kMinPage * kBlocks <= kWarp);  // a lane for each copy of a step
 };
 
-// The ring of places, as producer and consumers walk through it: both see the same steps of the same items.
+// The rings of places and of items' numbers, as producer and consumers walk through them: both see the same steps of the
+// same items.
 template <int kDim>
 struct Ring {
   using S = Shape<kDim>;
 
   unsigned char* const places;
-  uint64_t* const barriers;  // [4][kStages]: K, V are there; K, V have been read
+  uint64_t* const barriers;  // [4][kStages]: K, V are there; K, V have been read; then [2][kItems] likewise
+  int* const items;          // -1: there are no more
   int stage = 0, round = 0;  // round: 0, 1, 0, 1, how often the ring was walked through
+  int slot = 0, item_round = 0;
 
   __device__ explicit Ring(unsigned char* shared)
       : places(shared + (kCoreBytes - SharedAddress(shared) % kCoreBytes) % kCoreBytes),
-        barriers(reinterpret_cast<uint64_t*>(places + 2 * S::kStages * S::kTileBytes)) {}
+        barriers(reinterpret_cast<uint64_t*>(places + 2 * S::kStages * S::kTileBytes)),
+        items(reinterpret_cast<int*>(barriers + S::kBarriers)) {}
 
   __device__ void Init() const {
     for (int i = 0; i < S::kStages; ++i) {
@@ -78,6 +88,10 @@ struct Ring {
       MbarrierInit(FullV(i), 1);
       MbarrierInit(EmptyK(i), kConsumerWarps);
       MbarrierInit(EmptyV(i), kConsumerWarps);
+    }
+    for (int i = 0; i < kItems; ++i) {
+      MbarrierInit(FullItem(i), 1);
+      MbarrierInit(EmptyItem(i), kConsumerWarps);
     }
     MbarrierInitFence();
   }
@@ -89,12 +103,21 @@ struct Ring {
     }
   }
 
+  __device__ void AdvanceItem() {
+    if (++slot == kItems) {
+      slot = 0;
+      item_round ^= 1;
+    }
+  }
+
   __device__ unsigned char* K(int i) const { return places + 2 * i * S::kTileBytes; }
   __device__ unsigned char* V(int i) const { return K(i) + S::kTileBytes; }
   __device__ uint64_t* FullK(int i) const { return barriers + i; }
   __device__ uint64_t* FullV(int i) const { return barriers + S::kStages + i; }
   __device__ uint64_t* EmptyK(int i) const { return barriers + 2 * S::kStages + i; }
   __device__ uint64_t* EmptyV(int i) const { return barriers + 3 * S::kStages + i; }
+  __device__ uint64_t* FullItem(int i) const { return barriers + 4 * S::kStages + i; }
+  __device__ uint64_t* EmptyItem(int i) const { return barriers + 4 * S::kStages + kItems + i; }
 };
 
 // Steps stand at multiples of kKeys: which keys share one does not depend on where the segment's queries begin.
@@ -110,7 +133,19 @@ __device__ void Produce(const SapwoodAttentionParams& p, const CUtensorMap& k_ma
   const int rows = min(p.page_size, kKeys);  // of a copy
   const int column_block = lane % S::kBlocks, row = lane / S::kBlocks * rows;
   const int at = column_block * kBlockBytes + row * kRowBytes;
-  for (int index = blockIdx.x; index < p.counts[1]; index += gridDim.x) {
+  const int num_items = p.counts[1];
+  int index = blockIdx.x;
+  for (;;) {
+    MbarrierWait(ring.EmptyItem(ring.slot), ring.item_round ^ 1);
+    __syncwarp();  // a lane that came later might find the next phase of that parity, and wait for ever
+    if (lane == 0) {
+      ring.items[ring.slot] = index < num_items ? index : -1;
+      MbarrierArrive(ring.FullItem(ring.slot));
+    }
+    ring.AdvanceItem();
+    if (index >= num_items) break;
+    int next = 0;  // drawn now, needed when the item's last step is on its way
+    if (lane == 0) next = static_cast<int>(gridDim.x) + atomicAdd(&p.tickets[kv_head], 1);
     const Item item = ItemOf<false>(p, index, kRows);
     for (int first = FirstStep(item.keys); first < item.keys.end; first += kKeys) {
       const int key = first + row;
@@ -131,7 +166,10 @@ __device__ void Produce(const SapwoodAttentionParams& p, const CUtensorMap& k_ma
       }
       ring.Advance();
     }
+    index = __shfl_sync(0xffffffffu, next, 0);
   }
+  int* const finished = &p.tickets[p.num_kv_heads + kv_head];
+  if (lane == 0 && atomicAdd(finished, 1) == static_cast<int>(gridDim.x) - 1) p.tickets[kv_head] = *finished = 0;
 }
 
 // A warp group. Of its products a thread has rows g and g + 8 of its warp's 16, g = lane / 4, and of every eight columns
@@ -203,61 +241,49 @@ struct Consumer {
   __device__ void Softmax(float (&s)[kKeys / 2], int first, float (&alpha)[2]) {
     const bool soft = p.softcap > 0.0f;
     const float scale = soft ? p.scale / p.softcap : p.scale * kLog2E;
+    if (soft) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) s[i] = p.softcap * kLog2E * Tanh(s[i] * scale);
+    }
+    const int end[2] = {keys_end[0], keys_end[1]}, begin[2] = {FirstKey(end[0], p.window), FirstKey(end[1], p.window)};
+    if (max(begin[0], begin[1]) > first || min(end[0], end[1]) < first + kKeys) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        const int key = first + i / 4 * 8 + lane % 4 * 2 + i % 2, half = i / 2 % 2;
+        if (key < begin[half] || key >= end[half]) s[i] = -INFINITY;
+      }
+    }
+    // Both rows side by side, for the sake of independent instructions.
+    const float factor = soft ? 1.0f : scale;
+    float most[2] = {-INFINITY, -INFINITY}, base[2], sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; i += 2) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fmaxf(s[i], s[i + 1]));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int end = keys_end[half], begin = FirstKey(end, p.window);
-      if (soft) {
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& x = s[4 * n + 2 * half + i];
-            x = p.softcap * kLog2E * Tanh(x * scale);
-          }
-        }
-      }
-      if (begin > first || end < first + kKeys) {
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int key = first + 8 * n + lane % 4 * 2 + i;
-            if (key < begin || key >= end) s[4 * n + 2 * half + i] = -INFINITY;
-          }
-        }
-      }
-      float most = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) most = fmaxf(most, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      const float factor = soft ? 1.0f : scale;
-      most = fmaxf(m[half], most * factor);
-      const float base = most == -INFINITY ? 0.0f : most;  // a row may see no key of the step
-      alpha[half] = Exp2(m[half] - base);
-      m[half] = most;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        float &x0 = s[4 * n + 2 * half], &x1 = s[4 * n + 2 * half + 1];
-        const uint32_t pair = PackBf16(Exp2(__fmaf_rn(x0, factor, -base)), Exp2(__fmaf_rn(x1, factor, -base)));
-        x0 = __uint_as_float(pair << 16);
-        x1 = __uint_as_float(pair & 0xffff0000u);
-        sum += x0 + x1;
-      }
-      l[half] = l[half] * alpha[half] + sum;
+      most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffffu, most[half], 1));
+      most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffffu, most[half], 2));
+      most[half] = fmaxf(m[half], most[half] * factor);
+      base[half] = most[half] == -INFINITY ? 0.0f : most[half];  // a row may see no key of the step
+      alpha[half] = Exp2(m[half] - base[half]);
+      m[half] = most[half];
     }
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; i += 2) {
+      const float minus = -base[i / 2 % 2];
+      const uint32_t pair = PackBf16(Exp2(__fmaf_rn(s[i], factor, minus)), Exp2(__fmaf_rn(s[i + 1], factor, minus)));
+      s[i] = __uint_as_float(pair << 16);
+      s[i + 1] = __uint_as_float(pair & 0xffff0000u);
+      sum[i / 2 % 2] += s[i] + s[i + 1];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) l[half] = l[half] * alpha[half] + sum[half];
   }
 
   // What Softmax has left in s, as wgmma's a. Only when the product before is done, which reads these registers.
   __device__ void Pack(const float (&s)[kKeys / 2], uint32_t (&probabilities)[kKeys / 16][4]) {
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float x0 = s[4 * n + 2 * half], x1 = s[4 * n + 2 * half + 1];
-        probabilities[n / 2][n % 2 * 2 + half] = __byte_perm(__float_as_uint(x0), __float_as_uint(x1), 0x7632);
-      }
+    for (int i = 0; i < kKeys / 2; i += 2) {
+      probabilities[i / 8][i / 2 % 4] = __byte_perm(__float_as_uint(s[i]), __float_as_uint(s[i + 1]), 0x7632);
     }
   }
 
@@ -278,6 +304,16 @@ struct Consumer {
     if (lane == 0) MbarrierArrive(barrier);
   }
 
+  // The number of the next item; -1: there are no more.
+  __device__ int Next() {
+    MbarrierWait(ring.FullItem(ring.slot), ring.item_round);
+    const int index = ring.items[ring.slot];
+    __syncwarp();
+    Release(ring.EmptyItem(ring.slot));
+    ring.AdvanceItem();
+    return index;
+  }
+
   __device__ void Run(int index) {
     item = ItemOf<false>(p, index, kRows);
     Begin();
@@ -291,11 +327,19 @@ struct Consumer {
     WgmmaWait<0>(s);
     Release(ring.EmptyK(ring.stage));
     Softmax(s, first, alpha);
-    Pack(s, probabilities);
-    for (first += kKeys; first < keys.end; first += kKeys) {
+    int in_use = -1;  // the place whose V a product may still read
+    for (;;) {
       const int before = ring.stage;
       MbarrierWait(ring.FullV(before), ring.round);
-      ZeroUnseen(first - kKeys, before);
+      ZeroUnseen(first, before);
+      // Waited for here, not behind Softmax: ptxas would draw half of Softmax behind the wait.
+      WgmmaWait<0>(o);
+      if (in_use >= 0) Release(ring.EmptyV(in_use));
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) o[i] *= alpha[i / 2 % 2];
+      Pack(s, probabilities);
+      first += kKeys;
+      if (first >= keys.end) break;
       ring.Advance();
       MbarrierWait(ring.FullK(ring.stage), ring.round);
       NamedBarrierSync(kTurn + group, kConsumerThreads);
@@ -306,14 +350,8 @@ struct Consumer {
       WgmmaWait<1>(s);
       Release(ring.EmptyK(ring.stage));
       Softmax(s, first, alpha);
-      WgmmaWait<0>(o);
-      Release(ring.EmptyV(before));
-#pragma unroll
-      for (int i = 0; i < kDim / 2; ++i) o[i] *= alpha[i / 2 % 2];
-      Pack(s, probabilities);
+      in_use = before;
     }
-    MbarrierWait(ring.FullV(ring.stage), ring.round);
-    ZeroUnseen(first - kKeys, ring.stage);
     WgmmaFence();
     IssueOutputs(probabilities, ring.stage);
     WgmmaWait<0>(o);
@@ -328,11 +366,8 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       l[half] += __shfl_xor_sync(0xffffffffu, l[half], 1);
       l[half] += __shfl_xor_sync(0xffffffffu, l[half], 2);
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        Emit<false>(p, item, kv_head, kRows, Row(half), 8 * n + lane % 4 * 2, o[4 * n + 2 * half],
-                    o[4 * n + 2 * half + 1], m[half], l[half]);
-      }
+      EmitRow<kDim>(p, item, kv_head, kRows, Row(half), m[half], l[half],
+                    [&](int n, int i) { return o[4 * n + 2 * half + i]; });
     }
   }
 };
@@ -352,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ClaimRegisters<kConsumerRegisters>();
     Consumer<kDim> consumer(p, shared);
     if (consumer.group == 1) NamedBarrierArrive(kTurn, kConsumerThreads);  // the first turn is the first consumer's
-    for (int index = blockIdx.x; index < p.counts[1]; index += gridDim.x) consumer.Run(index);
+    for (int index = consumer.Next(); index >= 0; index = consumer.Next()) consumer.Run(index);
   }
 }
 
@@ -373,7 +408,7 @@ int LaunchOf(const SapwoodAttentionParams& p, cudaStream_t stream) {
     if (const int status = EncodeTensorMap(map, Pages(p, base))) {
       return Fail(status,
                   "attention: the driver makes no tensor map of %d pages of %d tokens, %d heads, head_dim %d, %lld elements "
-                  "apart (portable = 1 needs none)",
+                  "apart (without tickets none is needed)",
                   p.num_pages, p.page_size, p.num_kv_heads, p.head_dim, static_cast<long long>(p.page_stride));
     }
   }
@@ -386,8 +421,9 @@ int LaunchOf(const SapwoodAttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool AttentionSm90Serves(const SapwoodAttentionParams& p) {
-  return p.rows_per_tile == kRows && p.head_dim <= 128 && p.chunk_len % kKeys == 0 && p.page_size % kMinPage == 0 &&
-         (kKeys % p.page_size == 0 || p.page_size % kKeys == 0) && p.scale > 0.0f;
+  return p.tickets != nullptr && p.rows_per_tile == kRows && p.head_dim <= 128 && p.chunk_len % kKeys == 0 &&
+         p.page_size % kMinPage == 0 && (kKeys % p.page_size == 0 || p.page_size % kKeys == 0) &&
+         p.page_stride % (static_cast<int64_t>(p.head_dim) * p.page_size) == 0 && p.scale > 0.0f;
 }
 
 int AttentionSm90(const SapwoodAttentionParams& p, cudaStream_t stream) {

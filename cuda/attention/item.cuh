@@ -72,35 +72,52 @@ __device__ __forceinline__ Item ItemOf(const SapwoodAttentionParams& p, int inde
   return of;
 }
 
-// Two neighbouring dims of a row, summed over all keys of the item: to the output, or to the partial results. x0 and x1
-// before they are divided by row_l; row_m of scores times log2 e.
-template <bool kFewRows>
-__device__ __forceinline__ void Emit(const SapwoodAttentionParams& p, const Item& item, int kv_head, int rows_per_tile,
-                                     int row, int dim, float x0, float x1, float row_m, float row_l) {
-  if (row >= item.num_rows || dim >= p.head_dim) return;
+// Where a whole row's results go, and what they are multiplied by: 1 / sum, a sink counted in.
+struct RowOutput {
+  __nv_bfloat16* out;
+  float weight;
+};
+
+// row_m, row_l: the state of the row's softmax over all its keys.
+__device__ __forceinline__ RowOutput OutputOf(const SapwoodAttentionParams& p, const Item& item, int kv_head, int row,
+                                              float row_m, float row_l) {
+  const int packed = item.first_row + row, query = packed / p.group, head = kv_head * p.group + packed % p.group;
+  float weight = 1.0f;
+  if (p.sinks != nullptr) {
+    const float sink = p.sinks[head] * kLog2E, most = fmaxf(row_m, sink);
+    weight = Exp2(row_m - most);
+    row_l = row_l * weight + Exp2(sink - most);
+  }
+  return {static_cast<__nv_bfloat16*>(p.out) + static_cast<int64_t>(item.token_begin + query) * p.out_stride +
+              static_cast<int64_t>(head) * p.head_dim,
+          weight / row_l};
+}
+
+// A row of many, summed over all keys of the item: to the output, or to the partial results. The four lanes of a row each
+// have dims 8 n + 2 (lane % 4) and + 1: value(n, 0) and value(n, 1).
+template <int kDim, typename Value>
+__device__ __forceinline__ void EmitRow(const SapwoodAttentionParams& p, const Item& item, int kv_head, int rows_per_tile,
+                                        int row, float row_m, float row_l, const Value& value) {
+  if (row >= item.num_rows) return;
+  const int dim = threadIdx.x % 4 * 2;
   if (item.partial) {
-    int place = item.place, tile_row = row;
-    if (kFewRows && item.shared_rows != nullptr) {
-      const SapwoodAttentionSharedRow shared_row = item.SharedRow(row);
-      place += shared_row.first_place;
-      tile_row = shared_row.tile_row;
+    const int64_t at = (static_cast<int64_t>(item.place) * p.num_kv_heads + kv_head) * rows_per_tile + row;
+    float* const to = p.partial_o + at * p.head_dim + dim;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      if (8 * n < p.head_dim) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(value(n, 0), value(n, 1));
     }
-    const int64_t at = (static_cast<int64_t>(place) * p.num_kv_heads + kv_head) * rows_per_tile + tile_row;
-    *reinterpret_cast<float2*>(p.partial_o + at * p.head_dim + dim) = make_float2(x0, x1);
     if (dim == 0) *reinterpret_cast<float2*>(p.partial_ml + 2 * at) = make_float2(row_m, row_l);
     return;
   }
-  const int packed = item.first_row + row, head = kv_head * p.group + packed % p.group;
-  if (p.sinks != nullptr) {
-    const float sink = p.sinks[head] * kLog2E, most = fmaxf(row_m, sink), weight = Exp2(row_m - most);
-    row_l = row_l * weight + Exp2(sink - most);
-    x0 *= weight;
-    x1 *= weight;
+  const RowOutput to = OutputOf(p, item, kv_head, row, row_m, row_l);
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) {
+    if (8 * n < p.head_dim) {
+      *reinterpret_cast<__nv_bfloat162*>(to.out + dim + 8 * n) =
+          __floats2bfloat162_rn(value(n, 0) * to.weight, value(n, 1) * to.weight);
+    }
   }
-  __nv_bfloat16* const to = static_cast<__nv_bfloat16*>(p.out) +
-                            static_cast<int64_t>(item.token_begin + packed / p.group) * p.out_stride +
-                            static_cast<int64_t>(head) * p.head_dim + dim;
-  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x0 / row_l, x1 / row_l);
 }
 
 }  // namespace sapwood_cuda

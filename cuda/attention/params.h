@@ -110,8 +110,8 @@ SAPWOOD_CUDA_API int sapwood_cuda_attention_plan(const SapwoodAttentionPlanParam
  * [token / page_size], offset = token % page_size; V likewise. Pages of keys that no row sees are not read.
  * rows_per_tile chooses the kernel: 16 is for few rows and long keys (the four warps of a block share the keys of a step),
  * 128 (64 where head_dim > 128) for many rows (the warps share the rows). Tiles of 128 rows are computed by TMA and wgmma
- * on compute capability 9.0, where page_size is 8, 16, 32, 64 or a multiple of 128, chunk_len a multiple of 128 and scale
- * positive: the same within rounding.
+ * on compute capability 9.0, where there are tickets, page_size is 8, 16, 32, 64 or a multiple of 128, chunk_len a multiple
+ * of 128, page_stride one of page_size * head_dim and scale positive: the same within rounding.
  *
  * A partial result is the state (O, m, l) of a row's softmax over some of its keys: m the maximum of their scores times
  * log2 e, l the sum of 2^(score - m), O that of 2^(score - m) v. Two states of disjoint keys are merged by
@@ -142,6 +142,8 @@ typedef struct {
   float* partial_o;   /* [max_items places][num_kv_heads][rows_per_tile][head_dim] */
   float* partial_ml;  /* [max_items][num_kv_heads][rows_per_tile][2]: maximum (of scores times log2 e), sum */
   const float* sinks; /* [num_kv_heads * group] or null */
+  int32_t* tickets;   /* [2][num_kv_heads]: zero before a launch, and after it; one launch at a time. Null: the portable tier
+                         on every device */
   int32_t group;
   int32_t head_dim; /* a multiple of 8, <= 256 */
   int32_t page_size;
@@ -152,7 +154,6 @@ typedef struct {
   float softcap;      /* 0: none */
   int32_t num_blocks; /* that walk through the list, for each KV head, two a processor; any number gives the same bits */
   int32_t num_pages;  /* of k_pages and v_pages */
-  int32_t portable;   /* 1: the portable tier on every device */
 } SapwoodAttentionParams;
 
 SAPWOOD_CUDA_API int sapwood_cuda_attention(const SapwoodAttentionParams* params, void* stream);

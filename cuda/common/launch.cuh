@@ -57,7 +57,12 @@ void Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = LaunchesOverlap() ? 1 : 0;
+  // Code for older architectures, which the driver may run on a newer device, does not await.
+  static const bool awaits = [&] {
+    cudaFuncAttributes of;
+    return cudaFuncGetAttributes(&of, kernel) == cudaSuccess && of.ptxVersion >= 90;
+  }();
+  config.numAttrs = awaits && LaunchesOverlap() ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 

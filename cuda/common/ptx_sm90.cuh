@@ -41,7 +41,10 @@ inline int EncodeTensorMap(CUtensorMap* map, const TensorBox& t) {
 #endif
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found == cudaDriverEntryPointSuccess ? function : nullptr);
   }();
-  if (encode == nullptr) return cudaErrorNotSupported;
+  if (encode == nullptr) {
+    cudaGetLastError();  // of the search: else the next launch reports it as its own
+    return cudaErrorNotSupported;
+  }
   const uint32_t every[4] = {1, 1, 1, 1};
   const CUresult status =
       encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(t.base), t.dims, t.strides, t.box, every,

@@ -133,6 +133,7 @@ int MoeGemmSm90(const SapwoodMoeGemmParams& p, int num_processors, cudaStream_t 
   if (const int status = LaunchStatus("moe_gemm: sizes of groups"); status != SAPWOOD_CUDA_OK) return status;
   Gemm gemm;
   cutlass::Status status = gemm.initialize(Arguments(w, p.num_experts, num_processors), w.cutlass, stream);
+  // Not launch_with_pdl: this kernel of CUTLASS 4.2 does not await its predecessor.
   if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
   if (status != cutlass::Status::kSuccess) {
     if (const int error = LaunchStatus("moe_gemm"); error != SAPWOOD_CUDA_OK) return error;

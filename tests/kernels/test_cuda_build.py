@@ -158,3 +158,17 @@ def test_gpu_suite_says_why_it_cannot_run() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no CUDA GPU" in done.stderr and "nothing was checked" in done.stderr
+
+
+def test_wgmma_is_not_run_one_by_one(tmp_path: Path) -> None:
+    """ptxas does so, and says it by the way, where it finds that a register is touched while a product may use it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the PATH")
+    command = [nvcc, "-std=c++17", "-fmad=false", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas=-v"]
+    command += ["-gencode", "arch=compute_90a,code=sm_90a", f"-I{ROOT / 'cuda'}", "-cubin"]
+    source = ROOT / "cuda" / "attention" / "attention_sm90.cu"
+    done = subprocess.run([*command, str(source), "-o", str(tmp_path / "cubin")], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert said.count("Used 168 registers") == 2 and "serialized" not in said, said

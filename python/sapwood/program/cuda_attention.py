@@ -163,6 +163,7 @@ class SapwoodAttention:
             for t in self._tilings
         }
         self._step: list[_Work] = []
+        self._tickets = self._ints(2, self._kv_heads)
         # Rows of a window have not the same first key, and only the small tiles take rows of several segments.
         self.shared_chunk = self._tilings[0].chunk_len if self._can_share(self._tilings[0], 0) else 0
         self._prefix_indptr = self._ints(MAX_PREFIXES + 1)
@@ -255,6 +256,7 @@ class SapwoodAttention:
                 page_size=self._rows.page_size, rows_per_tile=work.tiling.rows_per_tile,
                 chunk_len=work.tiling.chunk_len, window=work.window, scale=float(p["scale"]),
                 softcap=float(p["softcap"]), num_blocks=self._num_blocks, num_pages=kv.shape[0],
+                tickets=self._tickets.data_ptr(),
             )  # fmt: skip
             self._call("attention", params)
             self._call("attention_merge", params)

@@ -129,6 +129,7 @@ class AttentionParams(Params):
         ("partial_o", _PTR),
         ("partial_ml", _PTR),
         ("sinks", _PTR),
+        ("tickets", _PTR),
         ("group", _I32),
         ("head_dim", _I32),
         ("page_size", _I32),
@@ -139,7 +140,6 @@ class AttentionParams(Params):
         ("softcap", _F32),
         ("num_blocks", _I32),
         ("num_pages", _I32),
-        ("portable", _I32),
     )
 
 
