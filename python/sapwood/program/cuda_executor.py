@@ -232,7 +232,7 @@ class CudaExecutor:
         self._thread.start()
 
     def _pinned(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
 
     # --- the caller's side
 
@@ -370,11 +370,12 @@ class CudaExecutor:
         launched = False
         try:
             num_bytes = self._packer.bytes_needed(plan)
-            if num_bytes > len(place.plan):
-                place.plan = self._pinned(2 * num_bytes)
-            packed = self._packer.pack(plan, place.plan.numpy())
+            if FAILED_BYTES + num_bytes > len(place.plan):
+                place.plan = self._pinned(FAILED_BYTES + 2 * num_bytes)
+            packed = self._packer.pack(plan, place.plan[FAILED_BYTES:].numpy())
             with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                self._rows.blob[: packed.num_bytes].copy_(place.plan[: packed.num_bytes], non_blocking=True)
+                order_bytes = FAILED_BYTES + packed.num_bytes  # zeros, and the blob
+                self._rows.order[:order_bytes].copy_(place.plan[:order_bytes], non_blocking=True)
                 self.launcher.model.copy_pages(packed.copies)
                 chunk = self.launcher.attention.shared_chunk
                 prefixes = self._packer.shared_prefixes(plan, chunk) if chunk else None
