@@ -346,8 +346,10 @@ class CudaExecutor:
     def _loop(self) -> None:
         while (item := self._plans.get()) is not None:
             plan, submit_ns = item
-            if self._stopped:
-                self._fail(plan, submit_ns, "the executor has been shut down")
+            if self._stopped:  # dropped without a result: who stops an executor does not drain it
+                with self._lock:
+                    self._queued -= 1
+                os.eventfd_write(self._fd, 1)  # for wait_idle
                 continue
             try:
                 self._launch(plan, submit_ns)
