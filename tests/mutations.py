@@ -34,6 +34,7 @@ class Mutation:
 
 BITWISE = "tests/property/test_bitwise.py"
 CHECKSUM = "ctest:checksum_property_test"
+CHECKSUM_ON_CUDA = "tests/engine/test_checksum_engine.py -k cuda"
 
 MUTATIONS = (
     # What test_bitwise.py claims, one broken at a time.
@@ -90,6 +91,43 @@ MUTATIONS = (
         "s[i.value] = Select(LaneRange(from, to), x, Set1(-__builtin_inff()));",
         "s[i.value] = Select(LaneRange(from, ValidLanes(end + 1, first)), x, Set1(-__builtin_inff()));",
         BITWISE,
+    ),
+    # What the KV-checksum model on device "cuda" is for.
+    Mutation(
+        "cuda-slot-of-another-page", "cuda/batch/prepare_step.cu",
+        "PageTable(state, group, row_index)[page]) * state.page_size + offset : -1;",
+        "PageTable(state, group, row_index)[page > 2 ? page - 1 : page]) * state.page_size + offset : -1;",
+        CHECKSUM_ON_CUDA,
+    ),
+    Mutation(
+        "cuda-page-overwrites-the-last", "cuda/batch/row_ops.cu",
+        "MutablePageTable(state, op.group, op.row) + num_pages;",
+        "MutablePageTable(state, op.group, op.row) + (num_pages > 3 ? num_pages - 1 : num_pages);",
+        CHECKSUM_ON_CUDA,
+    ),
+    Mutation(
+        "cuda-prefix-a-chunk-too-long", "cpp/batch/shared_prefix.cc",
+        "!= 0) return chunk;",
+        "!= 0) return chunk + 1;",
+        CHECKSUM_ON_CUDA,
+    ),
+    Mutation(
+        "cuda-place-is-free-too-soon", "python/sapwood/program/cuda_executor.py",
+        "            launched = True\n",
+        "            launched = True\n            self._places.put(place)\n",
+        CHECKSUM_ON_CUDA,
+    ),
+    Mutation(
+        "cuda-failed-plan-fails-all-after", "python/sapwood/program/cuda_executor.py",
+        "self._rows.order[:order_bytes].copy_(place.plan[:order_bytes], non_blocking=True)",
+        "self._rows.blob[: packed.num_bytes].copy_(place.plan[FAILED_BYTES:order_bytes], non_blocking=True)",
+        CHECKSUM_ON_CUDA,
+    ),
+    Mutation(
+        "cuda-fork-without-copy", "python/sapwood/program/cuda_executor.py",
+        "self.launcher.model.copy_pages(packed.copies)",
+        "self.launcher.model.copy_pages([])",
+        "tests/engine/test_forks.py",
     ),
     # What the KV-checksum model is for.
     Mutation(

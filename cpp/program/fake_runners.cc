@@ -35,21 +35,30 @@ int64_t FirstVisible(const KvGroup& group, int64_t p) {
   return group.kind == KvKind::kWindow ? std::max<int64_t>(0, p + 1 - group.window) : 0;
 }
 
-// What a slot holds: its token and position and, as in attention, something of what its query saw: here both ends of
-// it. So a page given up or handed on too early shows even where no token is sampled. slot(p) reads position p.
-template <typename Slot>
-uint64_t SlotValue(const KvGroup& group, int32_t token, int64_t p, const Slot& slot) {
-  uint64_t h = Mix(Mix(kSlotSeed, static_cast<uint64_t>(token)), static_cast<uint64_t>(p));
-  const int64_t first = FirstVisible(group, p);
-  if (first < p) h = Mix(Mix(h, slot(first)), slot(p - 1));
-  return h;
+// What a slot holds, as of two layers. The second has, as after attention, something of what its query saw of the
+// first: here both ends of it. So a page given up or handed on too early shows even where no token is sampled. Neither
+// needs what the second layer says of other slots: a device computes all of a step's at once.
+struct SlotValue {
+  uint64_t own = kGarbage, seen = kGarbage;
+};
+
+uint64_t OwnValue(int32_t token, int64_t p) {
+  return Mix(Mix(kSlotSeed, static_cast<uint64_t>(token)), static_cast<uint64_t>(p));
 }
 
-// The group's part of the next token after a query at p.
-template <typename Slot>
-uint64_t Fold(uint64_t h, const KvGroup& group, int64_t p, const Slot& slot) {
-  for (int64_t i = FirstVisible(group, p); i <= p; ++i) h = Mix(h, slot(i));
-  return h;
+// own(p) reads the first layer at position p.
+template <typename Own>
+uint64_t SeenValue(const KvGroup& group, int64_t p, const Own& own) {
+  const int64_t first = FirstVisible(group, p);
+  return first < p ? Mix(Mix(own(p), own(first)), own(p - 1)) : own(p);
+}
+
+// The group's part of the next token after a query at p. A sum, of which each term knows its place.
+template <typename Seen>
+uint64_t Fold(uint64_t h, const KvGroup& group, int64_t p, const Seen& seen) {
+  uint64_t sum = 0;
+  for (int64_t i = FirstVisible(group, p); i <= p; ++i) sum += Mix(Mix(kFoldSeed, static_cast<uint64_t>(i)), seen(i));
+  return Mix(h, sum);
 }
 
 // The token that the fold h stands for, or the next one that the mask allows; -1: none.
@@ -63,7 +72,7 @@ int32_t Draw(uint64_t h, int32_t vocab, std::span<const uint32_t> mask) {
 }
 
 class ChecksumRunner final : public Runner {
-  uint64_t& At(size_t g, int64_t slot) {
+  SlotValue& At(size_t g, int64_t slot) {
     SAPWOOD_CHECK(slot >= 0 && slot < static_cast<int64_t>(slots_[g].size()), "slot ", slot, " of ", slots_[g].size(),
                   " in group ", g);
     return slots_[g][slot];
@@ -73,7 +82,9 @@ class ChecksumRunner final : public Runner {
   auto RowSlots(const StepBatch& batch, size_t g, int32_t segment) {
     const PageId* table = batch.page_tables[g][segment];
     const int64_t page_size = config_.groups[g].page_size;
-    return [this, g, table, page_size](int64_t p) { return At(g, table[p / page_size] * page_size + p % page_size); };
+    return [this, g, table, page_size](int64_t p) -> const SlotValue& {
+      return At(g, table[p / page_size] * page_size + p % page_size);
+    };
   }
 
  public:
@@ -83,7 +94,7 @@ class ChecksumRunner final : public Runner {
                     config_.num_pages.size());
     SAPWOOD_REQUIRE(config_.vocab_size > 0, "vocab_size must be positive, got ", config_.vocab_size);
     for (size_t g = 0; g < config_.groups.size(); ++g) {
-      slots_.emplace_back(size_t(config_.num_pages[g]) * config_.groups[g].page_size, kGarbage);
+      slots_.emplace_back(size_t(config_.num_pages[g]) * config_.groups[g].page_size);
     }
   }
 
@@ -91,7 +102,7 @@ class ChecksumRunner final : public Runner {
     for (const PageCopy& copy : copies) {
       SAPWOOD_CHECK(copy.group >= 0 && copy.group < static_cast<int64_t>(slots_.size()), "copy in group ", copy.group);
       const int64_t page_size = config_.groups[copy.group].page_size;
-      const uint64_t* src = &At(copy.group, copy.src * page_size);
+      const SlotValue* src = &At(copy.group, copy.src * page_size);
       std::copy_n(src, page_size, &At(copy.group, copy.dst * page_size));
     }
   }
@@ -100,14 +111,18 @@ class ChecksumRunner final : public Runner {
     Stall();
     if (config_.fail_every > 0 && ++num_steps_ % config_.fail_every == 0) {
       for (size_t g = 0; g < slots_.size(); ++g) {
-        for (int32_t t = 0; t < batch.num_tokens; t += 2) At(g, batch.slots[g][t]) = kGarbage;
+        for (int32_t t = 0; t < batch.num_tokens; t += 2) At(g, batch.slots[g][t]) = {};
       }
       throw InternalError(StrCat("step ", batch.step_id, " was to fail (fail_every ", config_.fail_every, ")"));
     }
-    for (int32_t t = 0; t < batch.num_tokens; ++t) {
-      for (size_t g = 0; g < slots_.size(); ++g) {
-        const auto slot = RowSlots(batch, g, batch.token_segment[t]);
-        At(g, batch.slots[g][t]) = SlotValue(config_.groups[g], batch.tokens[t], batch.positions[t], slot);
+    for (size_t g = 0; g < slots_.size(); ++g) {
+      for (int32_t t = 0; t < batch.num_tokens; ++t) {
+        At(g, batch.slots[g][t]).own = OwnValue(batch.tokens[t], batch.positions[t]);
+      }
+      for (int32_t t = 0; t < batch.num_tokens; ++t) {
+        const auto slots = RowSlots(batch, g, batch.token_segment[t]);
+        At(g, batch.slots[g][t]).seen =
+            SeenValue(config_.groups[g], batch.positions[t], [&](int64_t p) { return slots(p).own; });
       }
     }
     Stall();
@@ -122,7 +137,8 @@ class ChecksumRunner final : public Runner {
       if (batch.logit_src[l] >= 0) {
         h = kFoldSeed;
         for (size_t g = 0; g < slots_.size(); ++g) {
-          h = Fold(h, config_.groups[g], batch.logit_position[l] - 1, RowSlots(batch, g, batch.logit_segment[l]));
+          const auto slots = RowSlots(batch, g, batch.logit_segment[l]);
+          h = Fold(h, config_.groups[g], batch.logit_position[l] - 1, [&](int64_t p) { return slots(p).seen; });
         }
       }
       if (batch.logit_masked[l]) held_[row] = h;
@@ -157,7 +173,7 @@ class ChecksumRunner final : public Runner {
   }
 
   ChecksumConfig config_;
-  std::vector<std::vector<uint64_t>> slots_;  // [group][page * page_size + offset]
+  std::vector<std::vector<SlotValue>> slots_;  // [group][page * page_size + offset]
   std::vector<uint64_t> held_;  // [row] the fold of its newest masked logit row
   uint64_t stall_state_;
   int64_t num_head_rows_ = 0, num_steps_ = 0;
@@ -198,11 +214,9 @@ int32_t ChecksumNextToken(const std::vector<KvGroup>& groups, int32_t vocab_size
   SAPWOOD_REQUIRE(num_tokens > 0 && vocab_size > 0, "num_tokens and vocab_size must be positive, got ", num_tokens,
                   " and ", vocab_size);
   uint64_t h = kFoldSeed;
-  std::vector<uint64_t> values(num_tokens);
-  const auto slot = [&](int64_t p) { return values[p]; };
+  const auto own = [&](int64_t p) { return OwnValue(tokens[p], p); };
   for (const KvGroup& group : groups) {
-    for (int64_t p = 0; p < num_tokens; ++p) values[p] = SlotValue(group, tokens[p], p, slot);
-    h = Fold(h, group, num_tokens - 1, slot);
+    h = Fold(h, group, num_tokens - 1, [&](int64_t p) { return SeenValue(group, p, own); });
   }
   return Draw(h, vocab_size, mask);
 }

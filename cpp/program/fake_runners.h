@@ -10,10 +10,11 @@
 
 namespace sapwood {
 
-// The KV-checksum model: Forward stores into every slot of every group a hash of its token, its position and the slots
-// at both ends of what a query there sees; Head folds the row's slots *through the real page tables* into the next
-// token. A wrong page, a stale slot, a lost or doubled token, a row mixed up with another: each shows as a wrong token.
-// A window group folds its last `window` slots only. The fold is the row's hidden state: a held row is resumed from it.
+// The KV-checksum model: Forward stores into every slot of every group a hash of its token and position and, once all
+// tokens of the step have that, a hash of it and of the slots at both ends of what a query there sees; Head folds the
+// row's slots *through the real page tables* into the next token. A wrong page, a stale slot, a lost or doubled token, a
+// row mixed up with another: each shows as a wrong token. A window group folds its last `window` slots only. The fold is
+// the row's hidden state: a held row is resumed from it. tests/engine/checksum_on_cuda.py computes the same on a device.
 struct ChecksumConfig {
   std::vector<KvGroup> groups;
   std::vector<int32_t> num_pages;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,21 @@ import numpy as np
 
 from sapwood import _core
 from sapwood.config import EngineConfig
+from sapwood.program.cuda_library import CudaLibrary
 
 VOCAB = 211
+
+# Where `loaded` puts the checksum model: None is the native executor, else device "cuda" as cuda.open_device gives it.
+# conftest.py sets it for the test that runs.
+ON_CUDA: tuple[CudaLibrary, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a test runs on. emulated: the kernels run on the CPU, a thousand times slower: ask for little."""
+
+    name: str
+    emulated: bool = False
 
 
 def run(main: Coroutine[Any, Any, Any], runner: Callable[[Any], Any] = asyncio.run) -> Any:
@@ -43,20 +57,33 @@ def loaded(
     context_len: int = 4096,
     eos: tuple[int, ...] = (),
     max_step_tokens: int | None = None,
-    nice: int = 0,
     two_groups: bool = False,
+    first_failure: str = "unsent",
     **checksum: Any,
 ) -> SimpleNamespace:
-    """What models/loader.py would hand over. eos: ids that end a request."""
+    """What models/loader.py would hand over. eos: ids that end a request. runner: a native one, whatever the device.
+    first_failure, checksum: checksum_on_cuda.ChecksumModel's, and _core.checksum_runner's but for the former.
+    """
     groups = [_core.KvGroup(kind, window=window, page_size=config.page_size)]
     if two_groups:
         groups.append(_core.KvGroup("window", window=24, page_size=config.page_size))
     pages = [num_pages] * len(groups)
-    if runner is None:
-        runner = _core.checksum_runner(groups, pages, vocab_size, **checksum)
-    executor = _core.Executor(
-        runner, groups, config.max_running_requests, trace_capacity=config.trace_capacity, nice=nice
-    )
+    max_step_tokens = max_step_tokens or config.chunked_prefill_size + config.max_running_requests
+    executor: Any
+    if runner is None and ON_CUDA is not None:
+        import checksum_on_cuda
+
+        executor = checksum_on_cuda.start(
+            ON_CUDA, groups, pages, config, vocab_size=vocab_size, context_len=context_len,
+            max_step_tokens=max_step_tokens, first_failure=first_failure, **checksum,
+        )  # fmt: skip
+    else:
+        executor = _core.Executor(
+            runner or _core.checksum_runner(groups, pages, vocab_size, **checksum),
+            groups,
+            config.max_running_requests,
+            trace_capacity=config.trace_capacity,
+        )
     return SimpleNamespace(
         executor=executor,
         groups=groups,
@@ -64,7 +91,7 @@ def loaded(
         vocab_size=vocab_size,
         eos_token_ids=list(eos),
         context_len=context_len,
-        max_step_tokens=max_step_tokens or config.chunked_prefill_size + config.max_running_requests,
+        max_step_tokens=max_step_tokens,
         cache_salt=7,
         name="checksum",
         runner=None,

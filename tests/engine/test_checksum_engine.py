@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import uvloop
-from fakes import VOCAB, expected, loaded, run, settings
+from fakes import VOCAB, Device, expected, loaded, run, settings
 
 from sapwood.engine.async_engine import AsyncEngine
 from sapwood.engine.engine import StepLoop
 from sapwood.request import FinishReason, RequestOutput
+
+SLOW_EMULATED = pytest.mark.slow_emulated
 
 
 def prompts(rng: random.Random, count: int, longest: int = 120) -> list[list[int]]:
@@ -74,7 +76,7 @@ def run_all(
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=SLOW_EMULATED)])
 def test_tokens_for_every_page_size_and_overlap(page_size: int, overlap: bool) -> None:
     asked = prompts(random.Random(page_size), 24)
     changes = {"page_size": page_size, "disable_overlap_schedule": not overlap, "chunked_prefill_size": 64}
@@ -103,7 +105,7 @@ def test_tokens_do_not_depend_on_settings(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("model", [{"kind": "window", "window": 24}, {"two_groups": True}], ids=str)
-@pytest.mark.parametrize("num_pages", [30, 512])
+@pytest.mark.parametrize("num_pages", [30, pytest.param(512, marks=SLOW_EMULATED)])
 def test_window_groups(model: dict[str, Any], num_pages: int) -> None:
     run_all(
         prompts(random.Random(2), 16),
@@ -115,8 +117,8 @@ def test_window_groups(model: dict[str, Any], num_pages: int) -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("cache", ["radix", "flat", "none"])
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=SLOW_EMULATED)])
+@pytest.mark.parametrize("cache", ["radix", *(pytest.param(c, marks=SLOW_EMULATED) for c in ("flat", "none"))])
 def test_a_tiny_pool_retracts_and_changes_no_token(page_size: int, overlap: bool, cache: str) -> None:
     asked = prompts(random.Random(7), 20, 60)
     changes: dict[str, Any] = {
@@ -130,7 +132,7 @@ def test_a_tiny_pool_retracts_and_changes_no_token(page_size: int, overlap: bool
     assert stats.num_retractions > 0
 
 
-def test_random_load_with_aborts_timeouts_and_a_tiny_pool() -> None:
+def test_random_load_with_aborts_timeouts_and_a_tiny_pool(device: Device) -> None:
     """Streams, aborts in every phase, deadlines, cancelled tasks: each request ends once, its tokens right so far."""
 
     async def client(engine: AsyncEngine, model: Any, rng: random.Random, number: int, counts: dict[str, int]) -> None:
@@ -186,25 +188,27 @@ def test_random_load_with_aborts_timeouts_and_a_tiny_pool() -> None:
         model = loaded(config, num_pages=-(-150 // page_size), stall_seed=seed + 1, stall_us=60)
         counts: dict[str, int] = {}
         async with AsyncEngine.from_loaded(model, config) as engine:
-            for wave in range(4):
+            for wave in range(num_waves):
                 await asyncio.gather(*(client(engine, model, rng, wave * 100 + i, counts) for i in range(40)))
-            assert sum(counts.values()) == 160
+            assert sum(counts.values()) == num_waves * 40
             assert engine.stats().num_retractions > 0
             await check_pool(engine)
 
+    num_waves = 1 if device.emulated else 4
     cases = [(16, "fcfs", True), (3, "lpm", True), (1, "priority", True), (16, "fcfs", False)]
     for seed, (page_size, policy, overlap) in enumerate(cases):
         run(main(seed, page_size, policy, overlap), uvloop.run if seed % 2 else asyncio.run)
 
 
-def test_eos_is_taken_from_the_model_and_can_be_ignored() -> None:
+def test_eos_is_taken_from_the_model_and_can_be_ignored(device: Device) -> None:
     async def main() -> None:
         config = settings()
         model = loaded(config, eos=(3, 4))
         plain = loaded(config)
         async with AsyncEngine.from_loaded(model, config) as engine:
             ended = 0
-            for start in range(40):
+            num_prompts = 3 if device.emulated else 40
+            for start in range(num_prompts):
                 output = await engine.generate([start], {"max_new_tokens": 100})
                 assert output.token_ids == expected(model, [start], 100)
                 if output.finish_reason == FinishReason.STOP:
@@ -214,7 +218,9 @@ def test_eos_is_taken_from_the_model_and_can_be_ignored() -> None:
                 assert free.token_ids == expected(plain, [start], 100)
                 late = await engine.generate([start], {"max_new_tokens": 100, "min_new_tokens": 60})
                 assert len(late.token_ids) > 60 or late.finish_reason == FinishReason.LENGTH
-            assert ended > 5
+                # The native checksum model draws what it must not.
+                assert device.name == "cpu" or not {3, 4} & set(late.token_ids[:60])
+            assert ended > num_prompts // 8
             stop = expected(plain, [0], 10)[4]
             output = await engine.generate([0], {"max_new_tokens": 10, "ignore_eos": True, "stop_token_ids": [stop]})
             assert output.token_ids[-1] == stop == output.matched_stop
@@ -246,7 +252,7 @@ def test_bad_logits_end_their_row_alone() -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SLOW_EMULATED) for seed in (1, 2, 3))])
 def test_failing_steps_end_their_requests_and_poison_no_other(page_size: int, seed: int) -> None:
     """Every 17th step throws with half its KV overwritten, while clients leave and prompts share their beginnings."""
 
@@ -276,6 +282,7 @@ def test_failing_steps_end_their_requests_and_poison_no_other(page_size: int, se
                 asked = prompts(random.Random(seed), 20, 90)
                 ends += await asyncio.gather(*(client(prompt) for prompt in asked))
             assert min(ends.count(end) for end in ("failed", "left", "done")) >= 3
+            assert ends.count("failed") <= engine.stats().num_steps // 17 * config.max_running_requests
             await check_pool(engine)
 
     run(main())
@@ -304,14 +311,14 @@ def test_salt_divides_the_cache() -> None:
     async def main() -> None:
         config = settings()
         async with AsyncEngine.from_loaded(loaded(config), config) as engine:
-            prompt = list(range(100))
-            assert (await engine.generate(prompt)).usage.cached_tokens == 0
-            assert (await engine.generate(prompt)).usage.cached_tokens == 96
-            assert (await engine.generate(prompt, cache_salt="alice")).usage.cached_tokens == 0
-            assert (await engine.generate(prompt, cache_salt="alice")).usage.cached_tokens == 96
-            assert (await engine.generate(prompt, cache_salt="")).usage.cached_tokens == 0
+            prompt, one = list(range(100)), {"max_new_tokens": 1}
+            assert (await engine.generate(prompt, one)).usage.cached_tokens == 0
+            assert (await engine.generate(prompt, one)).usage.cached_tokens == 96
+            assert (await engine.generate(prompt, one, cache_salt="alice")).usage.cached_tokens == 0
+            assert (await engine.generate(prompt, one, cache_salt="alice")).usage.cached_tokens == 96
+            assert (await engine.generate(prompt, one, cache_salt="")).usage.cached_tokens == 0
             assert engine.flush_cache() > 0
-            assert (await engine.generate(prompt)).usage.cached_tokens == 0
+            assert (await engine.generate(prompt, one)).usage.cached_tokens == 0
 
     run(main())
 

@@ -19,6 +19,7 @@ from sapwood.program import cuda
 from sapwood.program.cuda_library import AttentionPlanParams, CudaLibrary, Params
 from sapwood.request import FinishReason
 
+OWN_DEVICE = True
 PROMPTS = ["Once upon a time", "The dog went home and"]
 TINY = {
     "architectures": ["Qwen3ForCausalLM"], "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from fakes import expected, run, settings
 from test_step_loop import check_pool, gated
 
@@ -12,10 +13,11 @@ from sapwood.engine.async_engine import AsyncEngine
 SHARED = [1] * 32  # two pages
 
 
-def test_pages_of_a_request_that_left_before_its_step_failed_are_not_cached() -> None:
+@pytest.mark.parametrize("failure", ["unsent", "launched", "device"])  # alike on a CPU
+def test_pages_of_a_request_that_left_before_its_step_failed_are_not_cached(failure: str) -> None:
     async def main() -> None:
         config = settings(disable_overlap_schedule=True)
-        model, gate = gated(config, fail_every=2)  # the second step fails
+        model, gate = gated(config, fail_every=2, first_failure=failure)  # the second step fails
         async with AsyncEngine.from_loaded(model, config) as engine:
             gate.pass_all()
             await engine.generate([5], {"max_new_tokens": 1})
@@ -33,10 +35,11 @@ def test_pages_of_a_request_that_left_before_its_step_failed_are_not_cached() ->
     run(main())
 
 
-def test_a_token_computed_behind_a_failed_leader_is_dropped_and_computed_again() -> None:
+@pytest.mark.parametrize("failure", ["unsent", "launched", "device"])  # alike on a CPU
+def test_a_token_computed_behind_a_failed_leader_is_dropped_and_computed_again(failure: str) -> None:
     async def main() -> None:
         config = settings(chunked_prefill_size=33)
-        model, gate = gated(config, fail_every=3)  # the third step fails
+        model, gate = gated(config, fail_every=3, first_failure=failure)  # the third step fails
         async with AsyncEngine.from_loaded(model, config) as engine:
             gate.pass_all()
             await engine.generate([5], {"max_new_tokens": 2})

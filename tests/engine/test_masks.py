@@ -15,6 +15,7 @@ from sapwood import _core
 from sapwood.errors import InvalidRequest
 from sapwood.program.plan_executor import PlanExecutor
 
+OWN_DEVICE = True
 VOCAB = 211
 PROMPT = list(range(3, 12))
 

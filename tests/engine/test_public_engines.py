@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import fakes
 import numpy as np
 import pytest
 import uvloop
@@ -307,6 +308,7 @@ def test_the_callers_array_is_not_kept() -> None:
     run(main())
 
 
+@pytest.mark.cpu_only("of a runner whose steps take a known time")
 def test_the_first_failure_ends_a_list() -> None:
     async def main() -> None:
         config = settings()
@@ -579,6 +581,7 @@ def test_leaving_a_sync_stream_aborts() -> None:
         assert engine.stats().num_running == 0
 
 
+@pytest.mark.cpu_only("of a runner whose steps take a known time")
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_interrupt_aborts_the_request(stream: bool) -> None:
     config = settings()
@@ -703,14 +706,23 @@ def test_engine_collected_or_left_at_exit_ends_quietly() -> None:
     assert not [t for t in threading.enumerate() if t.name == "sapwood-engine" and t.is_alive()]
     code = (
         "import sys; sys.path.insert(0, {here!r})\n"
-        "from fakes import settings, loaded\n"
+        "import fakes; from fakes import settings, loaded\n"
         "from sapwood.engine.async_engine import Engine\n"
+        "{on_device}"
         "config = settings()\n"
         "engine = Engine.from_loaded(loaded(config), config)\n"
         "stream = engine.generate([1], {{'max_new_tokens': 4000}}, stream=True)\n"
         "next(stream)\n"
         "print('left')\n"
-    ).format(here=__file__.rpartition("/")[0])
+    )
+    on_device = ""
+    if fakes.ON_CUDA is not None:
+        library = fakes.ON_CUDA[0]._library._name
+        on_device = (
+            "from pathlib import Path; from sapwood.program.cuda_library import CudaLibrary\n"
+            f"fakes.ON_CUDA = CudaLibrary(Path({library!r})), {fakes.ON_CUDA[1]!r}\n"
+        )
+    code = code.format(here=__file__.rpartition("/")[0], on_device=on_device)
     done = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
 

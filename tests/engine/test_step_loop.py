@@ -112,6 +112,7 @@ def test_next_step_is_planned_before_the_result(runner: Any) -> None:
     run(main(), runner)
 
 
+@pytest.mark.cpu_only("a step on device cuda has no mark where its head begins")
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
 def test_where_the_head_is_long_planning_waits_for_it(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Late enough to take in what came during the forward, early enough for the next step to start at once."""
@@ -131,6 +132,7 @@ def test_where_the_head_is_long_planning_waits_for_it(runner: Any, monkeypatch: 
     run(main(), runner)
 
 
+@pytest.mark.cpu_only("a step on device cuda has no mark where its head begins")
 def test_a_missed_head_makes_the_next_steps_plan_early() -> None:
     async def main() -> None:
         config = settings(trace_capacity=1000)
@@ -153,7 +155,7 @@ def test_a_missed_head_makes_the_next_steps_plan_early() -> None:
 def test_without_overlap_a_step_is_planned_after_the_result() -> None:
     async def main() -> None:
         config = settings(trace_capacity=1000, disable_overlap_schedule=True)
-        async with AsyncEngine.from_loaded(loaded(config, runner=_core.noop_runner(1, 300, 100)), config) as engine:
+        async with AsyncEngine.from_loaded(loaded(config), config) as engine:
             await engine.generate([[i] for i in range(4)], {"max_new_tokens": 30})
             trace = engine.trace()
             assert len(trace) >= 30
@@ -199,6 +201,7 @@ def test_a_newcomer_joins_the_running_batch() -> None:
     run(main())
 
 
+@pytest.mark.cpu_only("of a runner whose steps take a known time")
 def test_prefill_beside_decodes_is_cut_to_the_time_budget() -> None:
     async def main(max_step_ms: float) -> list[int]:
         config = settings(trace_capacity=1000, max_step_ms=max_step_ms, page_size=4)
@@ -300,6 +303,7 @@ def test_abort_while_draining() -> None:
     run(main())
 
 
+@pytest.mark.slow_emulated
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
 def test_deadline_reaches_a_request_that_no_step_serves(runner: Any) -> None:
     async def main() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,20 +54,22 @@ class Bits:
 class Rig:
     """The loop's calls made by hand, one step at a time, so that a scenario decides what shares a step."""
 
-    def __init__(self, model_dir: str, *, dtype: str, kv: str, isa: str, threads: int, page_size: int = 16) -> None:
+    def __init__(self, model_dir: str, **settings: Any) -> None:
         config = EngineConfig.from_kwargs(
-            model_dir, load_format="dummy", dtype=dtype, skip_tokenizer_init=True, cpu_isa=isa, num_threads=threads,
-            page_size=page_size, kv_cache_dtype=kv, max_total_tokens=16384, max_running_requests=80,
-            chunked_prefill_size=2048,
+            model_dir, load_format="dummy", skip_tokenizer_init=True, max_total_tokens=16384, max_running_requests=80,
+            chunked_prefill_size=2048, **settings,
         )  # fmt: skip
         self.model = load(config)
         self.cache = _core.CacheManager(self.model.groups, self.model.num_pages)
         self.builder = _core.BatchBuilder(self.cache, 80)
-        self.runner = self.model.runner
+        self.runner = self._runner()
         self.runner.poison_kv()  # a read of a slot nobody wrote turns into NaN
         self.runner.tap_logits(True)
         self.step_id = 0
         self.logits: dict[tuple[int, int], dict[int, bytes]] = {}  # (row, gen) -> position -> bits
+
+    def _runner(self) -> Any:
+        return self.model.runner
 
     def close(self) -> None:
         self.model.executor.shutdown()
@@ -174,13 +177,13 @@ def _prompt() -> np.ndarray:
     return np.random.default_rng(7).integers(3, VOCAB, PROMPT_LEN)
 
 
-def _assert_same(got: Bits, want: Bits) -> None:
+def assert_same(got: Bits, want: Bits, min_kv: int = 2 * 70) -> None:
     assert got.tokens == want.tokens
     assert set(got.logits) <= set(want.logits)
     assert max(got.logits) == max(want.logits)
     for position, bits in got.logits.items():
         assert bits == want.logits[position], f"logits of position {position} differ"
-    assert len(got.kv) >= 2 * 70
+    assert len(got.kv) >= min_kv
     for key, bits in got.kv.items():
         assert bits == want.kv[key], f"KV of (layer, position) {key} differs"
 
@@ -188,7 +191,7 @@ def _assert_same(got: Bits, want: Bits) -> None:
 @functools.cache
 def _alone(model_dir: str, dtype: str, kv: str, isa: str) -> Bits:
     """The reference: the request alone, prompt in one chunk, one thread, page size 16."""
-    rig = Rig(model_dir, dtype=dtype, kv=kv, isa=isa, threads=1)
+    rig = Rig(model_dir, dtype=dtype, kv_cache_dtype=kv, cpu_isa=isa, num_threads=1, page_size=16)
     try:
         bits = rig.generate(_prompt(), seed=5)
         rig.cache.flush()
@@ -216,21 +219,21 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_bits_do_not_depend_on_company(model_dir: str, dtype: str, kv: str, isa: str) -> None:
     want = _alone(model_dir, dtype, kv, isa)
     for threads in (1, 2):
-        rig = Rig(model_dir, dtype=dtype, kv=kv, isa=isa, threads=threads)
+        rig = Rig(model_dir, dtype=dtype, kv_cache_dtype=kv, cpu_isa=isa, num_threads=threads, page_size=16)
         try:
             for chunk in (10**6, 64, 7, 1):
-                _assert_same(rig.generate(_prompt(), seed=5, chunk=chunk), want)  # the second onwards hit the cache
+                assert_same(rig.generate(_prompt(), seed=5, chunk=chunk), want)  # the second onwards hit the cache
                 rig.cache.flush()
-                _assert_same(rig.generate(_prompt(), seed=5, chunk=chunk), want)
+                assert_same(rig.generate(_prompt(), seed=5, chunk=chunk), want)
             _, _, cached = hit = rig.admit(_prompt(), PROMPT_LEN, NUM_NEW, 5)
             assert cached == (PROMPT_LEN - 1) // 16 * 16
             rig.builder.release(hit[0])
-            _assert_same(rig.generate(_prompt(), seed=5), want)
-            _assert_same(rig.generate(_prompt(), seed=5, mates=63, chunk=64), want)
+            assert_same(rig.generate(_prompt(), seed=5), want)
+            assert_same(rig.generate(_prompt(), seed=5, mates=63, chunk=64), want)
             rig.cache.flush()
-            _assert_same(rig.generate(_prompt(), seed=5, mates=63, chunk=10**6), want)
+            assert_same(rig.generate(_prompt(), seed=5, mates=63, chunk=10**6), want)
             for flush in (False, True):
-                _assert_same(rig.generate(_prompt(), seed=5, retract_at=6, flush=flush), want)
+                assert_same(rig.generate(_prompt(), seed=5, retract_at=6, flush=flush), want)
         finally:
             rig.close()
 
@@ -241,10 +244,10 @@ def test_bits_do_not_depend_on_company(model_dir: str, dtype: str, kv: str, isa:
 def test_bits_do_not_depend_on_page_size(model_dir: str, dtype: str, kv: str, page_size: int) -> None:
     isa = _core.best_isa()
     want = _alone(model_dir, dtype, kv, isa)
-    rig = Rig(model_dir, dtype=dtype, kv=kv, isa=isa, threads=2, page_size=page_size)
+    rig = Rig(model_dir, dtype=dtype, kv_cache_dtype=kv, cpu_isa=isa, num_threads=2, page_size=page_size)
     try:
         for chunk in (10**6, 7):
-            _assert_same(rig.generate(_prompt(), seed=5, chunk=chunk), want)
-            _assert_same(rig.generate(_prompt(), seed=5, chunk=chunk, mates=20), want)
+            assert_same(rig.generate(_prompt(), seed=5, chunk=chunk), want)
+            assert_same(rig.generate(_prompt(), seed=5, chunk=chunk, mates=20), want)
     finally:
         rig.close()

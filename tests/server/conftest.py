@@ -10,6 +10,7 @@ import httpx
 import pytest
 from live_server import TEMPLATE, LiveServer
 
+from devices import devices
 from sapwood.config import ServerConfig
 from sapwood.engine.async_engine import AsyncEngine, Engine
 
@@ -27,15 +28,26 @@ def chat_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="session")
-def stories_config(stories_dir: Path, chat_template: Path) -> Callable[..., ServerConfig]:
-    """settings -> the settings of a server of stories260K in float32, called "stories260K"."""
+@pytest.fixture(scope="session", params=devices(emulated=False))
+def stories_config(
+    request: pytest.FixtureRequest, stories_dir: Path, chat_template: Path
+) -> Iterator[Callable[..., ServerConfig]]:
+    """settings -> the settings of a server of stories260K, called "stories260K": in float32, or on device "cuda"."""
+    options: dict[str, Any] = {"dtype": "float32"}
+    if request.param == "cuda":
+        options = {"device": "cuda", "dtype": "bfloat16", "enable_deterministic_inference": True}
 
     def config(**settings: Any) -> ServerConfig:
-        defaults = {"dtype": "float32", "num_threads": 1, "max_total_tokens": 8192, "chat_template": str(chat_template)}
+        defaults = options | {"num_threads": 1, "max_total_tokens": 8192, "chat_template": str(chat_template)}
         return ServerConfig.from_kwargs(str(stories_dir), **(defaults | settings))
 
-    return config
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "cuda":
+            from sapwood.program import cuda
+
+            there = request.getfixturevalue("cuda_device")
+            patch.setattr(cuda, "open_device", lambda: there)
+        yield config
 
 
 @pytest.fixture(scope="session")

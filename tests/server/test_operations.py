@@ -202,7 +202,7 @@ async def test_draining(gate: Gate) -> None:
 # --- facts
 
 
-def test_server_info(http: httpx.Client, stories_dir: Path) -> None:
+def test_server_info(http: httpx.Client, stories: LiveServer, stories_dir: Path) -> None:
     http.post("/v1/completions", json={"prompt": "Once", "max_tokens": 2})
     info = http.get("/server_info").json()
     assert info == http.get("/get_server_info").json() | {"uptime_s": info["uptime_s"]}
@@ -210,13 +210,13 @@ def test_server_info(http: httpx.Client, stories_dir: Path) -> None:
     assert info["status"] == "ready"
     assert info["served_model_name"] == "stories260K"
     assert info["settings"]["model"] == str(stories_dir)
-    assert info["settings"]["dtype"] == info["model"]["dtype"] == "float32"
+    assert info["settings"]["dtype"] == info["model"]["dtype"] == stories.config.dtype
     assert info["settings"]["api_key"] is False
     assert info["model"]["context_len"] == 512
     assert info["model"]["vocab_size"] == 512
     assert info["model"]["kv_pool_tokens"] == 8192
     assert info["model"]["has_chat_template"] is True
-    assert info["model"]["num_threads"] == 1
+    assert info["model"]["num_threads"] == (1 if stories.config.device == "cpu" else None)
     assert info["stats"]["num_steps"] > 0
     assert sum(info["stats"]["pool"][0][state] for state in ("free", "cached", "leased", "limbo")) == 512
 

@@ -232,12 +232,11 @@ class CudaExecutor:
         self._traces: collections.deque[Trace] = collections.deque(maxlen=trace_capacity)
         self._trace_capacity = trace_capacity
         self._stopped = False
-        self._forget_failure = False  # of attention's plans: said until it has been read, then zeroed
         self._thread = threading.Thread(target=self._loop, name="sapwood-executor", daemon=True)
         self._thread.start()
 
     def _pinned(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self._stream is not None)
 
     # --- the caller's side
 
@@ -344,7 +343,6 @@ class CudaExecutor:
         assert step.place is not None
         answer = step.place.result
         if failed := int(answer[-FAILED_BYTES:].view(torch.int32)[0]):
-            self._forget_failure = True
             raise SapwoodError(
                 f"attention_plan failed with {failed} (cuda/attention/params.h): no room for a step, or wrong prefixes"
             )
@@ -355,8 +353,10 @@ class CudaExecutor:
     def _loop(self) -> None:
         while (item := self._plans.get()) is not None:
             plan, submit_ns = item
-            if self._stopped:
-                self._fail(plan, submit_ns, "the executor has been shut down")
+            if self._stopped:  # dropped without a result: who stops an executor does not drain it
+                with self._lock:
+                    self._queued -= 1
+                os.eventfd_write(self._fd, 1)  # for wait_idle
                 continue
             try:
                 self._launch(plan, submit_ns)
@@ -379,14 +379,12 @@ class CudaExecutor:
         launched = False
         try:
             num_bytes = self._packer.bytes_needed(plan)
-            if num_bytes > len(place.plan):
-                place.plan = self._pinned(2 * num_bytes)
-            packed = self._packer.pack(plan, place.plan.numpy())
+            if FAILED_BYTES + num_bytes > len(place.plan):
+                place.plan = self._pinned(FAILED_BYTES + 2 * num_bytes)
+            packed = self._packer.pack(plan, place.plan[FAILED_BYTES:].numpy())
             with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                self._rows.blob[: packed.num_bytes].copy_(place.plan[: packed.num_bytes], non_blocking=True)
-                if self._forget_failure:
-                    self._forget_failure = False
-                    self._rows.failed.zero_()
+                order_bytes = FAILED_BYTES + packed.num_bytes  # zeros, and the blob
+                self._rows.order[:order_bytes].copy_(place.plan[:order_bytes], non_blocking=True)
                 self.launcher.model.copy_pages(packed.copies)
                 chunk = self.launcher.attention.shared_chunk
                 prefixes = self._packer.shared_prefixes(plan, chunk) if chunk else None

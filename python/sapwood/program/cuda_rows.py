@@ -1,8 +1,8 @@
 """The state of rows on the device (cuda/batch), and the arrays of the running step, all in memory that stays in place.
 
-program/cuda_executor.py brings a packed plan to `blob` and calls, in stream order: apply_row_ops, prepare, then the
-forward (program/cuda_model.py), sample, commit; `result` is then the step's answer. The tokens of a step are drawn and
-fed back here, so the host may queue the next step without having seen them.
+program/cuda_executor.py brings a packed plan to `blob`, as part of `order`, and calls, in stream order: apply_row_ops,
+prepare, then the forward (program/cuda_model.py), sample, commit; `result`, part of `answer`, is what became of it.
+The tokens of a step are drawn and fed back here, so the host may queue the next step without having seen them.
 """
 
 from __future__ import annotations
@@ -89,11 +89,14 @@ class DeviceRows:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.blob = zeros(blob_bytes, dtype=torch.uint8)
-        # The step's result, and behind it what goes back with it in the same copy: `failed`, where plans of attention's
-        # work collect what is wrong with them (cuda/attention/params.h) until the host zeroes it.
-        self.answer = zeros(RESULT_HEADER_BYTES + RESULT_ITEM_BYTES * max_rows + FAILED_BYTES, dtype=torch.uint8)
-        self.result, self.failed = self.answer[:-FAILED_BYTES], self.answer[-FAILED_BYTES:].view(torch.int32)
+        # A step's result, its blob, and between them `failed`, where plans of attention's work collect what is wrong
+        # with them (cuda/attention/params.h): zeros come to it in the copy that brings the blob, and it goes back in
+        # the one of the result.
+        result_bytes = RESULT_HEADER_BYTES + RESULT_ITEM_BYTES * max_rows
+        messages = zeros(result_bytes + FAILED_BYTES + blob_bytes, dtype=torch.uint8)
+        self.answer, self.order = messages[: result_bytes + FAILED_BYTES], messages[result_bytes:]
+        self.result, self.blob = self.answer[:-FAILED_BYTES], self.order[FAILED_BYTES:]
+        self.failed = self.answer[-FAILED_BYTES:].view(torch.int32)
         self.drawn = zeros(3, max_rows)  # tokens, log-probabilities (float32 bits), bad
         i64, f32 = torch.int64, torch.float32
         sampling = {

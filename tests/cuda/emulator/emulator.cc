@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -74,19 +75,18 @@ struct Mbarrier {
 };
 
 struct Named {
-  uint64_t generation = 0;
   int threads = 0, arrived = 0;
 };
 
-// A fiber waits while *waits_for has the value it saw.
+// A fiber waits for a barrier (the Block, an Mbarrier, a Named) or an exchange (its Warp), or is among the machine's `ready`.
 struct Fiber {
   void* stack_pointer = nullptr;
   Thread where;
   int index = 0;
+  int place = 0;  // in the block's order
   bool done = false;
   bool waited = false;  // for the kernel before
-  const uint64_t* waits_for = nullptr;
-  uint64_t seen = 0;
+  const void* waits_for = nullptr;
   const char* reason = "";
   std::vector<Copy> open_copies;
   std::vector<std::vector<Copy>> groups;
@@ -106,7 +106,6 @@ struct Warp {
 };
 
 struct Block {
-  uint64_t barrier_generation = 0;
   int num_threads = 0, num_live = 0, at_barrier = 0;
   int any = 0, all = 1, last_any = 0, last_all = 1;
   std::map<const void*, Mbarrier> mbarriers;
@@ -118,7 +117,8 @@ struct Machine {
   std::vector<Warp> warps;
   Block block;
   Fiber* current = nullptr;
-  uint64_t wakes = 0;  // barriers and exchanges completed: only then do threads that wait become able to run
+  std::vector<int> order;  // of the block's fibers
+  std::array<uint64_t, kMaxThreads / 64> ready{};  // a bit for each place in the order: its fiber can run
   void* scheduler = nullptr;
   unsigned char* stacks = nullptr;
   alignas(128) unsigned char shared[kMaxShared];
@@ -133,13 +133,41 @@ Machine& TheMachine() {
   return machine;
 }
 
-void Wait(const uint64_t* generation, const char* reason) {
+void SetReady(Machine& m, const Fiber& fiber, bool ready) {
+  const uint64_t bit = uint64_t{1} << (fiber.place % 64);
+  uint64_t& word = m.ready[fiber.place / 64];
+  word = ready ? word | bit : word & ~bit;
+}
+
+// Fibers first .. last - 1, where they wait for this.
+void Wake(const void* what, size_t first, size_t last) {
+  Machine& m = TheMachine();
+  for (size_t i = first; i < std::min(last, m.fibers.size()); ++i) {
+    if (m.fibers[i].waits_for != what) continue;
+    m.fibers[i].waits_for = nullptr;
+    SetReady(m, m.fibers[i], true);
+  }
+}
+
+// From the current fiber to the first in order that can run, which goes as far ahead of the others as barriers and
+// exchanges allow; to RunBlock where none can.
+void SwitchToNext(Machine& m, void** stack_pointer) {
+  const auto word = std::find_if(m.ready.begin(), m.ready.end(), [](uint64_t bits) { return bits != 0; });
+  void* to = m.scheduler;
+  if (word != m.ready.end()) {
+    m.current = &m.fibers[m.order[(word - m.ready.begin()) * 64 + __builtin_ctzll(*word)]];
+    to = m.current->stack_pointer;
+  }
+  SapwoodEmulatorSwitch(stack_pointer, to);
+}
+
+void Wait(const void* what, const char* reason) {
   Machine& m = TheMachine();
   Fiber& me = *m.current;
-  me.waits_for = generation;
-  me.seen = *generation;
+  me.waits_for = what;
   me.reason = reason;
-  SapwoodEmulatorSwitch(&me.stack_pointer, m.scheduler);
+  SetReady(m, me, false);
+  SwitchToNext(m, &me.stack_pointer);
 }
 
 // Ends the launch: the fibers are left where they are.
@@ -159,8 +187,7 @@ void OpenBarrier(Block& block) {
   block.any = 0;
   block.all = 1;
   block.at_barrier = 0;
-  ++block.barrier_generation;
-  ++TheMachine().wakes;
+  Wake(&block, 0, kMaxThreads);
 }
 
 void FiberMain() {
@@ -168,16 +195,18 @@ void FiberMain() {
   (*m.kernel)();
   if (!m.current->waited) Give("ends without AwaitPredecessor: the next kernel might begin before the one before has ended");
   m.current->done = true;
+  SetReady(m, *m.current, false);
   Block& block = m.block;
   if (--block.num_live > 0 && block.at_barrier == block.num_live) OpenBarrier(block);
   void* nowhere;
-  SapwoodEmulatorSwitch(&nowhere, m.scheduler);
+  SwitchToNext(m, &nowhere);
   std::abort();
 }
 
-void Prepare(Fiber& fiber, unsigned char* stack) {
+// below: bytes of the stack to leave free above it. Stacks that all began alike would share a few lines of the caches.
+void Prepare(Fiber& fiber, unsigned char* stack, size_t below) {
   // As Switch leaves it: six registers, then where to return to; the ABI wants rsp % 16 == 8 at a function's entry.
-  auto* top = reinterpret_cast<void**>(stack + kStackBytes - 24);
+  auto* top = reinterpret_cast<void**>(stack + kStackBytes - below - 24);
   *top = nullptr;
   *--top = reinterpret_cast<void*>(&FiberMain);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -195,29 +224,14 @@ std::string Deadlock(const Machine& m) {
   return text;
 }
 
-// Always the first thread in `order` that can run: it goes as far ahead of the others as barriers and exchanges allow.
-void RunBlock(Machine& m, const std::vector<int>& order) {
-  const auto can_run = [&](int i) {
-    const Fiber& fiber = m.fibers[i];
-    return !fiber.done && (fiber.waits_for == nullptr || *fiber.waits_for != fiber.seen);
-  };
-  auto next = order.begin();
-  uint64_t seen = m.wakes;
-  for (size_t left = m.fibers.size(); left > 0;) {
-    // Those before the last one that ran could not run then, and can only since a wake.
-    next = std::find_if(seen == m.wakes ? next : order.begin(), order.end(), can_run);
-    seen = m.wakes;
-    if (next == order.end()) {
-      m.error = Deadlock(m);
-      return;
-    }
-    Fiber& fiber = m.fibers[*next];
-    fiber.waits_for = nullptr;
-    m.current = &fiber;
-    SapwoodEmulatorSwitch(&m.scheduler, fiber.stack_pointer);
-    if (!m.error.empty()) return;
-    left -= fiber.done;
+void RunBlock(Machine& m) {
+  m.ready.fill(0);
+  for (size_t place = 0; place < m.order.size(); ++place) {
+    m.fibers[m.order[place]].place = static_cast<int>(place);
+    SetReady(m, m.fibers[m.order[place]], true);
   }
+  SwitchToNext(m, &m.scheduler);
+  if (m.error.empty() && m.block.num_live > 0) m.error = Deadlock(m);
 }
 
 }  // namespace
@@ -241,7 +255,8 @@ void Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     if (memory == MAP_FAILED) std::abort();
     m.stacks = static_cast<unsigned char*>(memory);
   }
-  std::vector<int> order(num_threads);
+  std::vector<int>& order = m.order;
+  order.resize(num_threads);
   for (size_t i = 0; i < num_threads; ++i) order[i] = static_cast<int>(i);
   const char* const wanted = std::getenv("SAPWOOD_EMULATOR_ORDER");
   const std::string order_name = wanted == nullptr ? "ascending" : wanted;
@@ -265,10 +280,10 @@ void Run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
           const auto t = static_cast<unsigned>(i);
           fiber.where = {dim3(t % block.x, t / block.x % block.y, t / block.x / block.y), dim3(x, y, z), block, grid};
           m.warps[i / 32].lanes |= 1u << (i % 32);
-          Prepare(fiber, m.stacks + i * kStackBytes);
+          Prepare(fiber, m.stacks + i * kStackBytes, i % 16 * 256);
         }
         if (shuffled) std::shuffle(order.begin(), order.end(), random);
-        RunBlock(m, order);
+        RunBlock(m);
       }
     }
   }
@@ -290,7 +305,7 @@ int BarrierReduce(int value, bool all) {
   if (++block.at_barrier == block.num_live) {
     OpenBarrier(block);
   } else {
-    Wait(&block.barrier_generation, "__syncthreads");
+    Wait(&block, "__syncthreads");
   }
   return all ? block.last_all : block.last_any;
 }
@@ -313,9 +328,10 @@ const Deposits& Meet(Exchange kind, unsigned mask, const void* deposit, size_t b
   if (warp.arrived == mask) {
     warp.arrived = 0;
     ++warp.generation;
-    ++m.wakes;
+    const size_t first = m.current->index / 32 * 32;
+    Wake(&warp, first, first + 32);
   } else {
-    Wait(&warp.generation, kNames[static_cast<int>(kind)]);
+    Wait(&warp, kNames[static_cast<int>(kind)]);
   }
   return warp.deposits[generation % 2];
 }
@@ -369,7 +385,7 @@ void EndPhase(Mbarrier& barrier) {
   if (barrier.to_arrive > 0 || barrier.bytes != 0) return;
   ++barrier.phase;
   barrier.to_arrive = barrier.arrivals;
-  ++TheMachine().wakes;
+  Wake(&barrier, 0, kMaxThreads);
 }
 
 void Deliver(Mbarrier& barrier) {
@@ -473,7 +489,7 @@ void MbarrierWait(const void* barrier, int parity) {
     Deliver(at);
     if (at.phase % 2 != static_cast<uint64_t>(parity)) break;
     ++at.waiting;
-    Wait(&at.phase, "an mbarrier");
+    Wait(&at, "an mbarrier");
     --at.waiting;
   }
 }
@@ -493,10 +509,9 @@ void NamedBarrier(int id, int threads, bool wait) {
   at.threads = threads;
   if (++at.arrived == threads) {
     at.arrived = 0;
-    ++at.generation;
-    ++TheMachine().wakes;
+    Wake(&at, 0, kMaxThreads);
   } else if (wait) {
-    Wait(&at.generation, "a named barrier");
+    Wait(&at, "a named barrier");
   }
 }
 
