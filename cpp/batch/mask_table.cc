@@ -72,7 +72,9 @@ void MaskTable::Begin(int32_t row, uint32_t gen) {
 
 void MaskTable::End(int32_t row, uint32_t gen) {
   const std::lock_guard lock(mutex_);
-  rows_[row].ended_gen = gen;
+  // Of two that ended, the older may be heard of last.
+  uint32_t& ended = rows_[row].ended_gen;
+  if (ended == 0 || Before(ended, gen)) ended = gen;
   DropIf(row, [gen](const Mask& mask) { return mask.gen == gen || Before(mask.gen, gen); });
 }
 

@@ -13,7 +13,6 @@ import pytest
 
 from sapwood import _core
 from sapwood.errors import InvalidRequest
-from sapwood.program.plan_executor import PlanExecutor
 
 VOCAB = 211
 PROMPT = list(range(3, 12))
@@ -110,24 +109,15 @@ def test_what_is_no_mask_is_refused() -> None:
         world.builder.mask_posted(row, len(PROMPT))
 
 
-def test_a_device_without_masks_says_so() -> None:
-    """Device "cuda", for now: a plan that asks for masks is refused before it runs, and so is the mask."""
+def test_a_sampler_that_forgets_masks_is_told() -> None:
     world = World()
     rows = _core.RowTable(world.groups, 4, VOCAB)
-    executor = PlanExecutor(None, rows)  # type: ignore[arg-type]
-    try:
-        with pytest.raises(InvalidRequest, match="--device cpu"):
-            executor.post_mask(0, 1, 0, mask_at(0))
-        row = world.admit(masked=True)
-        world.builder.begin_step(0)
-        world.builder.add_extend(row, 100)
-        plan = world.builder.end_step().plan
-        with pytest.raises(InvalidRequest, match="--device cpu"):
-            executor.submit(plan)
-        assert executor.queued == 0
-    finally:
-        executor.shutdown()
-    # A sampler of its own that forgets to refuse is told.
+    row = world.admit(masked=True)
+    world.builder.begin_step(0)
+    world.builder.add_extend(row, 100)
+    plan = world.builder.end_step().plan
     rows.prepare(plan)
-    with pytest.raises(InvalidRequest, match="mask"):
-        rows.commit(plan, np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32))
+    drawn = np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32)
+    with pytest.raises(InvalidRequest, match="under a mask"):
+        rows.commit(plan, *drawn)
+    assert rows.commit(plan, *drawn, np.ones(1, bool)).items()[0][4] == _core.HELD

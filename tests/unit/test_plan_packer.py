@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 
 
 def packer(**changes: int) -> Any:
-    sizes = {"max_rows": 4, "max_pages": 6, "max_stop_ids": 2, "page_size": 4} | changes
+    sizes = {"max_rows": 4, "max_pages": 6, "max_stop_ids": 2, "page_size": 4, "vocab_size": 40} | changes
     page_size = sizes.pop("page_size")
     groups = [_core.KvGroup("full", page_size=page_size), _core.KvGroup("window", window=6, page_size=page_size)]
     return _core.PlanPacker(groups, sizes.pop("max_rows"), **sizes)
@@ -77,7 +77,7 @@ def test_the_blob_is_what_was_asked_for_and_the_same_each_time() -> None:
         blobs.append(out[: packed.num_bytes].copy())
     assert np.array_equal(*blobs)
     header = struct.unpack("<IiqqiiiiiiiiiiiIII", blobs[0][:80].tobytes())
-    assert header[:8] == (1, len(blobs[0]), 3, 1, 3, 1, 3, 1)
+    assert header[:8] == (2, len(blobs[0]), 3, 1, 3, 1, 3, 1)
     for at in header[8:15]:
         assert at % 16 == 0 and 80 <= at <= len(blobs[0])
     names = ("row_ops", "inits", "ints", "items", "q_indptr", "logit_indptr", "tokens")
@@ -244,6 +244,7 @@ def test_the_buffer_must_be_plain_bytes(shape: tuple[int, ...]) -> None:
         ({"max_pages": 0}, "max_pages must be positive"),
         ({"max_pages": 2**29}, "below 2\\^31, got 536870912"),
         ({"max_stop_ids": -1}, "max_stop_ids must not be negative, got -1"),
+        ({"vocab_size": 0}, "vocab_size must be positive, got 0"),
     ],
 )
 def test_sizes_are_looked_at(changes: dict[str, int], said: str) -> None:
@@ -253,11 +254,12 @@ def test_sizes_are_looked_at(changes: dict[str, int], said: str) -> None:
 
 def test_groups_are_looked_at() -> None:
     with pytest.raises(InvalidRequest, match="groups must not be empty"):
-        _core.PlanPacker([], 1, max_pages=1, max_stop_ids=0)
+        _core.PlanPacker([], 1, max_pages=1, max_stop_ids=0, vocab_size=1)
     with pytest.raises(InvalidRequest, match="all groups must have one positive page_size, got 8 beside 4"):
         _core.PlanPacker(
-            [_core.KvGroup("full", page_size=4), _core.KvGroup("full", page_size=8)], 1, max_pages=1, max_stop_ids=0
-        )
+            [_core.KvGroup("full", page_size=4), _core.KvGroup("full", page_size=8)], 1, max_pages=1, max_stop_ids=0,
+            vocab_size=1,
+        )  # fmt: skip
 
 
 # --- Failed steps
