@@ -394,6 +394,32 @@ def test_plans_without_masks_and_those_whose_masks_are_there_wait_for_nothing(
     assert world.builder.phase(free) == "decode"
 
 
+def test_a_resume_runs_in_the_graph_of_the_decodes_beside_it(cuda_world: Callable[..., CudaWorld]) -> None:
+    """Alone, of the head and nothing more; beside a prompt, in that one's step."""
+    world = cuda_world()
+    held, free = world.admit(masked=True), world.admit(masked=False)
+    world.step()
+    ways = world.executor.launcher.num_steps
+    ways.clear()
+
+    def resume() -> dict[str, int]:
+        world.post(held)
+        assert world.step()[0].num_resume_rows == 1
+        went = dict(ways)
+        ways.clear()
+        world.submit()  # the held row's next token
+        world.commit(*world.results())
+        ways.clear()
+        return went
+
+    assert resume() == {"decode graph": 1}
+    world.builder.pause(free)
+    assert resume() == {"head": 1}
+    world.admit(masked=False, prompt=[5, 6])
+    assert resume() == {"run graphs": 1}
+    assert world.builder.tokens(held).tolist() == world.expected(3)
+
+
 def test_shutdown_while_masks_are_awaited(cuda_world: Callable[..., CudaWorld]) -> None:
     """The step that waits ends as if the masks were late, those behind it are dropped; each has one result."""
     world = cuda_world()
