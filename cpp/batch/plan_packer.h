@@ -9,7 +9,7 @@
 // Grammar masks (mask_table.h) are packed apart, as late as can be: when the step's sampling is launched. It is here that
 // a row is held or not, so the mirror knows of that as well, and a plan is packed after the masks of the one before.
 //
-// Thread safety: none, used by the executor's thread; but for PostMask and DropMasks.
+// Thread safety: none, used by the executor's thread; but for PostMask, MasksPosted and DropMasks.
 #pragma once
 
 #include <cstdint>
@@ -84,7 +84,7 @@ class PlanPacker {
   // certainly is until a sample of it is planned. The rest the device reports.
   PackedPlan Pack(const StepPlan& plan, std::span<uint8_t> out);
 
-  // Whether every mask of the plan packed last is there.
+  // Whether every mask of the plan is there. From any thread.
   bool MasksPosted(const PackedPlan& packed) const;
   // The masks that are there, and which rows are held for want of theirs, of the plan packed last: once for each plan that
   // has masked logit rows, before the next is packed. out: MaskBytes or more.

@@ -58,7 +58,7 @@ class World:
     def begin(self) -> None:
         self.cache = _core.CacheManager(self.groups, self.num_pages)
         self.builder = _core.BatchBuilder(self.cache, NUM_ROWS)
-        self.next_step = 0
+        self.next_step = self.num_unheard = 0
 
     def admit(self, *, masked: bool, max_len: int = 64, prompt: list[int] = PROMPT, **sampling: Any) -> int:
         row, _, _ = self.builder.admit(
@@ -82,19 +82,24 @@ class World:
         built = self.builder.end_step()
         if built.plan is not None:
             self.executor.submit(built.plan)
+            self.num_unheard += 1
         return built
+
+    def drain(self) -> list[_core.StepResult]:
+        """Results that have come."""
+        results = [result for kind, _, result in self.executor.drain() if kind == "result"]
+        self.num_unheard -= len(results)
+        return results
 
     def results(self) -> list[_core.StepResult]:
         """Of all that was submitted."""
         poll = select.poll()
         poll.register(self.executor.fileno(), select.POLLIN)
-        results = []
-        while True:
-            done = self.executor.queued == 0
-            results += [result for kind, _, result in self.executor.drain() if kind == "result"]
-            if done:
-                return results
+        results = self.drain()
+        while self.num_unheard > 0:
             assert poll.poll(PATIENCE_S * 1000), "no step ends"
+            results += self.drain()
+        return results
 
     def commit(self, result: _core.StepResult) -> list[tuple[int, int, int]]:
         """(row, token, flags) of what came of it."""
@@ -130,6 +135,7 @@ class CudaWorld(World):
         model = load(EngineConfig.from_kwargs(str(folder), **{**defaults, **settings}))
         self.groups, self.num_pages, self.executor = model.groups, model.num_pages, model.executor
         self.begin()
+        self.awaited = Awaited(self.executor)
 
     @property
     def num_masks(self) -> int:
@@ -179,6 +185,7 @@ def cuda_world(
 
     yield make
     for world in worlds:
+        world.awaited.release()
         world.executor.shutdown()
 
 
@@ -296,20 +303,31 @@ def test_a_sampler_that_forgets_masks_is_told() -> None:
 
 
 class Awaited:
-    """The reports of logits whose step waits for masks: the test makes them."""
+    """The reports of logits whose step waits for masks: once `kept`, the test makes them."""
 
     def __init__(self, executor: Any) -> None:
         self.executor = executor
         self.tickets: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.kept = False
         watch = executor._completion.watch
 
         def keep(ticket: Any) -> None:
-            if ticket.params.event_fd == executor._mask_fd:
+            if self.kept and ticket.params.event_fd == executor._mask_fd:
                 self.tickets.put(ticket)
             else:
                 watch(ticket)
 
         executor._completion.watch = keep
+
+    def keep(self) -> Awaited:
+        self.kept = True
+        return self
+
+    def release(self) -> None:
+        """Whatever the test has left waiting."""
+        self.kept = False
+        while not self.tickets.empty():
+            self.report(self.tickets.get())
 
     def next(self) -> Any:
         """Of the next step that waits."""
@@ -317,6 +335,8 @@ class Awaited:
 
     def report(self, ticket: Any, error: str = "") -> None:
         ticket.finish(error)
+        if not self.executor._thread.is_alive():
+            return
         os.eventfd_write(self.executor._mask_fd, 1)
 
 
@@ -327,7 +347,7 @@ def flags_of(result: Any) -> list[int]:
 def test_a_mask_may_come_while_the_forward_runs(cuda_world: Callable[..., CudaWorld]) -> None:
     world = cuda_world()
     expected = world.alone(2)
-    awaited = Awaited(world.executor)
+    awaited = world.awaited.keep()
     one, two = world.admit(masked=True), world.admit(masked=True)
     for _ in range(2):
         world.submit()
@@ -345,16 +365,16 @@ def test_a_mask_may_come_while_the_forward_runs(cuda_world: Callable[..., CudaWo
 def test_only_what_is_missing_when_the_logits_are_there_is_held(cuda_world: Callable[..., CudaWorld]) -> None:
     """Steps behind it wait meanwhile, and then not for the mask of what has been held."""
     world = cuda_world()
-    awaited = Awaited(world.executor)
+    awaited = world.awaited.keep()
     one, two, free = world.admit(masked=True), world.admit(masked=True), world.admit(masked=False)
     world.submit()
     ticket = awaited.next()
     world.submit()
     world.post(one)
-    assert world.executor.queued == 2 and world.executor.drain() == []
+    assert world.executor.queued == 2 and world.drain() == []
     awaited.report(ticket)
     ticket = awaited.next()  # of the second step, for the next mask of `one` alone
-    (first,) = [result for _, _, result in world.executor.drain()]
+    (first,) = world.drain()
     assert flags_of(first) == [0, _core.HELD, 0]
     world.commit(first)
     world.post(one)
@@ -376,7 +396,7 @@ def test_plans_without_masks_and_those_whose_masks_are_there_wait_for_nothing(
     cuda_world: Callable[..., CudaWorld],
 ) -> None:
     world = cuda_world()
-    awaited = Awaited(world.executor)
+    awaited = world.awaited.keep()
     calls: list[tuple[str, bool]] = []
     inner = world.executor._rows._library
 
@@ -431,7 +451,7 @@ def test_a_resume_runs_in_the_graph_of_the_decodes_beside_it(cuda_world: Callabl
 def test_shutdown_while_masks_are_awaited(cuda_world: Callable[..., CudaWorld]) -> None:
     """The step that waits ends as if the masks were late, those behind it are dropped; each has one result."""
     world = cuda_world()
-    awaited = Awaited(world.executor)
+    awaited = world.awaited.keep()
     row = world.admit(masked=True)
     world.submit()
     ticket = awaited.next()
@@ -444,7 +464,7 @@ def test_shutdown_while_masks_are_awaited(cuda_world: Callable[..., CudaWorld]) 
     awaited.report(ticket)
     stopping.join(PATIENCE_S)
     assert not stopping.is_alive()
-    first, second = [result for _, _, result in world.executor.drain()]
+    first, second = world.drain()
     assert flags_of(first) in ([0], [_core.HELD]) and first.error == ""
     assert second.error == "the executor has been shut down" and second.step_id == 1
     world.executor.post_mask(row, 7, 7, mask_at(7))  # nobody minds
@@ -453,7 +473,7 @@ def test_shutdown_while_masks_are_awaited(cuda_world: Callable[..., CudaWorld]) 
 def test_a_device_that_fails_while_masks_are_awaited(cuda_world: Callable[..., CudaWorld]) -> None:
     world = cuda_world()
     expected = world.alone(1)
-    awaited = Awaited(world.executor)
+    awaited = world.awaited.keep()
     one, two = world.admit(masked=True), world.admit(masked=True)
     world.submit()
     ticket = awaited.next()

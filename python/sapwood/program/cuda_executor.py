@@ -214,7 +214,8 @@ class CudaExecutor:
         trace_capacity: int = 0,
     ) -> None:
         """Takes over all of them, event_fd too. packer: a _core.PlanPacker."""
-        # Readable when a mask has been posted, or the logits of a step whose masks are awaited are there.
+        # The plan whose masks the thread waits for. Readable when they have all come, or its logits are there.
+        self._awaited: _core.PackedPlan | None = None
         self._mask_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self.launcher = launcher
         self._rows = rows
@@ -264,9 +265,11 @@ class CudaExecutor:
     def post_mask(self, row: int, gen: int, position: int, bits: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
         """As _core.Executor.post_mask; from any thread. Raises InvalidRequest."""
         self._packer.post_mask(row, gen, position, bits)
-        with self._lock:
-            if not self._stopped:
-                os.eventfd_write(self._mask_fd, 1)
+        awaited = self._awaited
+        if awaited is not None and self._packer.masks_posted(awaited):
+            with self._lock:
+                if not self._stopped:
+                    os.eventfd_write(self._mask_fd, 1)
 
     def drain(self) -> list[tuple[str, int, Any]]:
         """("result", step_id, result) since the last call; clears the eventfd. Never blocks."""
@@ -416,8 +419,10 @@ class CudaExecutor:
         if not self._packer.masks_posted(packed):
             logits = self._completion.ticket(self._mask_fd)
             self._completion.watch(logits)
+            self._awaited = packed  # before masks are looked for: whoever posts the last one sees it
             while not (logits.done_ns or self._packer.masks_posted(packed)):
                 os.eventfd_read(self._mask_fd)
+            self._awaited = None
             if logits.error:
                 raise SapwoodError(logits.error)
         num_bytes = self._packer.mask_bytes(packed)
