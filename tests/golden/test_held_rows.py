@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from golden_checkpoints import TINY, build, hf_logits, log_softmax, prompts_of
 from golden_driver import Driver
+from golden_flashinfer import install
 
 from sapwood import _core
 from sapwood.program import cuda
@@ -28,6 +29,7 @@ def allowed_at(position: int, vocab_size: int) -> np.ndarray[Any, np.dtype[np.bo
         ("reference", {}),
         ("cuda", {}),
         ("cuda", {"attention_backend": "reference"}),
+        ("cuda", {"attention_backend": "flashinfer"}),
         ("cuda", {"disable_cuda_graph": True, "enable_deterministic_inference": True}),
     ],
 )
@@ -47,6 +49,8 @@ def test_a_held_row_draws_the_best_allowed_token(
     if device == "cuda":
         of_tests = request.getfixturevalue("cuda_device")
         monkeypatch.setattr(cuda, "open_device", lambda: of_tests)
+        head_dim = built.tiny.fields["hidden_size"] // built.tiny.fields["num_attention_heads"]
+        install(monkeypatch, (head_dim,))
         folder, dtype, oracle, tolerance = built.bf16_dir, "bfloat16", built.bf16, BF16_TOLERANCE
     logprobs: dict[int, list[float]] = {}
     with Driver(folder, dtype=dtype, device=device, **settings) as driver:
