@@ -178,6 +178,14 @@ def cuda_world(
     of_tests = request.getfixturevalue("cuda_device")
     monkeypatch.setattr(cuda, "open_device", lambda: of_tests)
     worlds: list[CudaWorld] = []
+    read = os.eventfd_read
+
+    def note_and_read(fd: int) -> int:
+        for world in worlds:
+            world.awaited.note_sleep(fd)
+        return read(fd)
+
+    monkeypatch.setattr(os, "eventfd_read", note_and_read)
 
     def make(**settings: Any) -> CudaWorld:
         worlds.append(CudaWorld(folder, **settings))
@@ -309,11 +317,12 @@ class Awaited:
         self.executor = executor
         self.tickets: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.kept = False
+        self.new: Any = None  # whose thread is not asleep yet
         watch = executor._completion.watch
 
         def keep(ticket: Any) -> None:
             if self.kept and ticket.params.event_fd == executor._mask_fd:
-                self.tickets.put(ticket)
+                self.new = ticket
             else:
                 watch(ticket)
 
@@ -323,6 +332,12 @@ class Awaited:
         self.kept = True
         return self
 
+    def note_sleep(self, fd: int) -> None:
+        """The thread is about to sleep, if this is its eventfd."""
+        if fd == self.executor._mask_fd and self.new is not None:
+            self.tickets.put(self.new)
+            self.new = None
+
     def release(self) -> None:
         """Whatever the test has left waiting."""
         self.kept = False
@@ -330,7 +345,7 @@ class Awaited:
             self.report(self.tickets.get())
 
     def next(self) -> Any:
-        """Of the next step that waits."""
+        """Of the next step that waits, once the thread is asleep over it."""
         return self.tickets.get(timeout=PATIENCE_S)
 
     def report(self, ticket: Any, error: str = "") -> None:
@@ -428,16 +443,19 @@ def test_a_resume_runs_in_the_graph_of_the_decodes_beside_it(cuda_world: Callabl
     held, free = world.admit(masked=True), world.admit(masked=False)
     world.step()
     ways = world.executor.launcher.num_steps
-    ways.clear()
+    launched: list[str] = []
+    launch = world.executor.launcher.model._launch
+    world.executor.launcher.model._launch = lambda node, *rest: launched.append(node.op) or launch(node, *rest)
 
     def resume() -> dict[str, int]:
         world.post(held)
+        ways.clear()
+        launched.clear()
         assert world.step()[0].num_resume_rows == 1
         went = dict(ways)
-        ways.clear()
+        assert ("attention" in launched) == ("head" not in went)
         world.submit()  # the held row's next token
         world.commit(*world.results())
-        ways.clear()
         return went
 
     assert resume() == {"decode graph": 1}
