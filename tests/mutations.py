@@ -34,6 +34,7 @@ class Mutation:
 
 BITWISE = "tests/property/test_bitwise.py"
 CHECKSUM = "ctest:checksum_property_test"
+MASKS = "tests/engine/test_masks.py -k cuda or may_come"
 
 MUTATIONS = (
     # What test_bitwise.py claims, one broken at a time.
@@ -160,6 +161,24 @@ MUTATIONS = (
         "const int64_t len = row.spec.masked ? std::min(row.planned_len, row.known()) : row.planned_len;",
         "const int64_t len = row.planned_len;",
         CHECKSUM,
+    ),
+    Mutation(
+        "device-holds-whatever-is-not-there-yet", "python/sapwood/program/cuda_executor.py",
+        "while not (logits.done_ns or self._packer.masks_posted(packed)):",
+        "while False:",
+        MASKS,
+    ),
+    Mutation(
+        "device-keeps-no-hidden-state", "python/sapwood/program/cuda_executor.py",
+        "if masks.num_held:",
+        "if False:",
+        MASKS,
+    ),
+    Mutation(
+        "packer-forgets-holds", "cpp/batch/plan_packer.cc",
+        "rows_[masked.row].held = true;",
+        "",
+        MASKS,
     ),
     # The step loop.
     Mutation(
