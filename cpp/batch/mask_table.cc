@@ -52,6 +52,16 @@ void MaskTable::Post(int32_t row, uint32_t gen, int64_t position, std::span<cons
 
 MaskTable::Bits MaskTable::Find(int32_t row, uint32_t gen, int64_t position) const {
   const std::lock_guard lock(mutex_);
+  return FindLocked(row, gen, position);
+}
+
+bool MaskTable::MayCome(int32_t row, uint32_t gen, int64_t position) const {
+  const std::lock_guard lock(mutex_);
+  const uint32_t ended = rows_[row].ended_gen;
+  return (ended == 0 || Before(ended, gen)) && FindLocked(row, gen, position) == nullptr;
+}
+
+MaskTable::Bits MaskTable::FindLocked(int32_t row, uint32_t gen, int64_t position) const {
   for (const Mask& mask : rows_[row].masks) {
     if (mask.gen == gen && mask.position == position) return mask.bits;
   }

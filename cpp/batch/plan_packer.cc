@@ -372,8 +372,8 @@ void PlanPacker::CheckItem(const StepPlan& plan, size_t index) const {
 }
 
 bool PlanPacker::MasksPosted(const PackedPlan& packed) const {
-  return std::all_of(packed.masked.begin(), packed.masked.end(), [this](const MaskedLogitRow& masked) {
-    return masks_->Find(masked.row, masked.gen, masked.position) != nullptr;
+  return std::none_of(packed.masked.begin(), packed.masked.end(), [this](const MaskedLogitRow& masked) {
+    return masks_->MayCome(masked.row, masked.gen, masked.position);
   });
 }
 
@@ -459,8 +459,9 @@ std::string DeviceError(const StepPlan& plan, const SapwoodStepResultBlock& bloc
   const int32_t index = block.error_index, group = block.error_group;
   const int64_t value = block.error_value;
   const std::string step = StrCat("step ", plan.step_id, ", ");
-  const bool of_item = block.error >= SAPWOOD_STEP_KV_LEN && block.error <= SAPWOOD_STEP_HELD && block.error != SAPWOOD_STEP_PADDING && index >= 0 &&
-                       index < static_cast<int64_t>(plan.items.size());
+  const bool names_item = (block.error >= SAPWOOD_STEP_KV_LEN && block.error <= SAPWOOD_STEP_PAGE_MISSING) ||
+                          block.error == SAPWOOD_STEP_HELD;
+  const bool of_item = names_item && index >= 0 && index < static_cast<int64_t>(plan.items.size());
   const PlanItem item = of_item ? plan.items[index] : PlanItem{};
   const std::string what = StrCat(step, "item ", index, " (", ItemKindName(item.kind), " of row ", item.row, "): ");
   switch (block.error) {

@@ -84,7 +84,7 @@ class PlanPacker {
   // certainly is until a sample of it is planned. The rest the device reports.
   PackedPlan Pack(const StepPlan& plan, std::span<uint8_t> out);
 
-  // Whether every mask of the plan is there. From any thread.
+  // Whether every mask of the plan is there, but for those of rows that have ended (DropMasks). From any thread.
   bool MasksPosted(const PackedPlan& packed) const;
   // The masks that are there, and which rows are held for want of theirs, of the plan packed last: once for each plan that
   // has masked logit rows, before the next is packed. out: MaskBytes or more.

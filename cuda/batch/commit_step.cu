@@ -1,6 +1,6 @@
 // The end of a step: each live item's token goes to its row and into the result, as RowTable::CommitSample and
-// FinishStep; one whose mask was late has none, its row is held. One block, a thread per item. A step that has failed ends the rows that its plan names instead, as the
-// executor of cpp/program/ does: their KV may be half written.
+// FinishStep; one whose mask was late has none, its row is held. One block, a thread per item. A step that has failed
+// ends the rows that its plan names instead, as the executor of cpp/program/ does: their KV may be half written.
 #include <cstdint>
 
 #include "batch/rows.cuh"

@@ -407,6 +407,38 @@ def test_only_what_is_missing_when_the_logits_are_there_is_held(cuda_world: Call
     assert tokens[0][: len(PROMPT) + 1] == tokens[1] == world.expected(1) and free not in (one, two)
 
 
+def test_no_mask_is_awaited_of_a_row_that_has_ended(cuda_world: Callable[..., CudaWorld]) -> None:
+    """A step ahead, its last token was unknown; its mask will never come."""
+    world = cuda_world()
+    ending = world.admit(masked=True, stop_ids=range(VOCAB))
+    going_on = world.admit(masked=True)
+    awaited = world.awaited.keep()
+    for row in (ending, going_on):
+        world.post(row)
+    world.submit()
+    world.submit()
+    ticket = awaited.next()
+    (first,) = world.drain()
+    assert flags_of(first) == [_core.FINISHED_STOP, 0]
+    world.commit(first)
+    world.post(going_on)
+    (second,) = world.results()
+    assert flags_of(second) == [_core.SKIPPED, 0] and ticket.done_ns == 0
+    # Heard of after the other's mask had been posted.
+    world.commit(second)
+    world.builder.release(ending)
+    ending = world.admit(masked=True, stop_ids=range(VOCAB))
+    for row in (ending, going_on):
+        world.post(row)
+    world.submit()
+    world.submit()
+    awaited.next()
+    position = world.builder.num_tokens(going_on) + 1
+    world.executor.post_mask(going_on, world.builder.gen(going_on), position, mask_at(position))
+    third, fourth = world.results()
+    assert flags_of(third) == [0, _core.FINISHED_STOP] and flags_of(fourth) == [0, _core.SKIPPED]
+
+
 def test_plans_without_masks_and_those_whose_masks_are_there_wait_for_nothing(
     cuda_world: Callable[..., CudaWorld],
 ) -> None:

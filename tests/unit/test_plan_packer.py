@@ -331,7 +331,7 @@ def test_a_late_mask_holds_its_row_until_it_is_resumed() -> None:
         (lambda w: w.op(FORCE, 1, 5, ids=[3], value=7), 8),
         (lambda w: w.op(TRUNCATE, 1, 5, value=7), 1),  # to where it is: held
         (lambda w: w.op(TRUNCATE, 1, 5, value=4), 5),
-        (lambda w: pages(w.init(1, 5), 1, 5, 1), 1),
+        (lambda w: pages(w.init(1, 5, 3), 1, 5, 1), 4),
         (lambda w: w.op(FREE, 1, 4), 1),
     ],
 )

@@ -265,6 +265,9 @@ class CudaExecutor:
     def post_mask(self, row: int, gen: int, position: int, bits: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
         """As _core.Executor.post_mask; from any thread. Raises InvalidRequest."""
         self._packer.post_mask(row, gen, position, bits)
+        self._wake_if_all_came()
+
+    def _wake_if_all_came(self) -> None:
         awaited = self._awaited
         if awaited is not None and self._packer.masks_posted(awaited):
             with self._lock:
@@ -341,6 +344,7 @@ class CudaExecutor:
                 )
             self._events.append(("result", step.plan.step_id, result))
             self._queued -= 1
+            self._wake_if_all_came()  # but for those of rows that have ended
 
     def _result(self, step: _Step) -> Any:
         if step.ticket.error:
