@@ -99,9 +99,9 @@ __device__ void PrepareItems(const SapwoodPrepareStepParams& p) {
         end = begin + item.q_len;
       }
     }
-    const bool writes = live && item.q_len > 0;
-    const int first_page = begin / page_size, last_page = writes ? (end - 1) / page_size : first_page;
-    for (int group = 0; live && writes && first_page == last_page && group < state.num_groups; ++group) {
+    // Of a resume, which has no position of its own, that is the page of its newest token, or none.
+    const int first_page = begin / page_size, last_page = live ? (end - 1) / page_size : first_page;
+    for (int group = 0; live && first_page == last_page && group < state.num_groups; ++group) {
       if (PageTable(state, group, item.row)[first_page] >= 0) continue;
       error.Note(i, SAPWOOD_STEP_PAGE_MISSING, i, group, begin);
       live = false;

@@ -318,11 +318,13 @@ class Awaited:
         self.tickets: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.kept = False
         self.new: Any = None  # whose thread is not asleep yet
+        self.all: list[Any] = []
         watch = executor._completion.watch
 
         def keep(ticket: Any) -> None:
             if self.kept and ticket.params.event_fd == executor._mask_fd:
                 self.new = ticket
+                self.all.append(ticket)
             else:
                 watch(ticket)
 
@@ -341,8 +343,9 @@ class Awaited:
     def release(self) -> None:
         """Whatever the test has left waiting."""
         self.kept = False
-        while not self.tickets.empty():
-            self.report(self.tickets.get())
+        for ticket in self.all:
+            if not ticket.done_ns:
+                self.report(ticket)
 
     def next(self) -> Any:
         """Of the next step that waits, once the thread is asleep over it."""
