@@ -328,9 +328,10 @@ class StepClock:
         self._step.forward_us = 1e6 * (time.perf_counter() - began)
         return logits
 
-    def _marked_ticket(self) -> Any:
-        self._step.end = self._device.mark(self._executor._stream)
-        return self._ticket()
+    def _marked_ticket(self, *of_logits: int) -> Any:
+        if not of_logits:
+            self._step.end = self._device.mark(self._executor._stream)
+        return self._ticket(*of_logits)
 
     def _timed_launch(self, plan: Any, submit_ns: int) -> None:
         began = time.perf_counter()

@@ -35,6 +35,7 @@ class Mutation:
 BITWISE = "tests/property/test_bitwise.py"
 CHECKSUM = "ctest:checksum_property_test"
 CHECKSUM_ON_CUDA = "tests/engine/test_checksum_engine.py -k cuda"
+MASKS = "tests/engine/test_masks.py -k cuda or may_come"
 
 MUTATIONS = (
     # What test_bitwise.py claims, one broken at a time.
@@ -63,9 +64,9 @@ MUTATIONS = (
         "ctest:cpu_runner_test",
     ),
     Mutation(
-        "prefix-longer-than-it-is-shared", "cpp/program/cpu_runner.cc",
-        "(differ.first - tables[leader]) / pages_per_chunk;",
-        "(differ.first - tables[leader]) / pages_per_chunk + 1;",
+        "prefix-longer-than-it-is-shared", "cpp/batch/shared_prefix.cc",
+        "!= 0) return chunk;",
+        "!= 0) return chunk + 1;",
         "ctest:cpu_runner_test",
     ),
     Mutation(
@@ -88,8 +89,8 @@ MUTATIONS = (
     ),
     Mutation(
         "masked-keys-are-multiplied", "cpp/kernels/attention.h",
-        "s[i.value] = Select(LaneRange(from, to), x, Set1(-__builtin_inff()));",
-        "s[i.value] = Select(LaneRange(from, ValidLanes(end + 1, first)), x, Set1(-__builtin_inff()));",
+        "s[i.value] = Select(LanesSeen(begin, end, i.value), s[i.value], Set1(-__builtin_inff()));",
+        "s[i.value] = Select(LanesSeen(begin, end + 1, i.value), s[i.value], Set1(-__builtin_inff()));",
         BITWISE,
     ),
     # What the KV-checksum model on device "cuda" is for.
@@ -119,8 +120,8 @@ MUTATIONS = (
     ),
     Mutation(
         "cuda-failed-plan-fails-all-after", "python/sapwood/program/cuda_executor.py",
-        "self._rows.order[:order_bytes].copy_(place.plan[:order_bytes], non_blocking=True)",
-        "self._rows.blob[: packed.num_bytes].copy_(place.plan[FAILED_BYTES:order_bytes], non_blocking=True)",
+        "self._rows.order[:end].copy_(place.plan[:end], non_blocking=True)",
+        "self._rows.order[FAILED_BYTES:end].copy_(place.plan[FAILED_BYTES:end], non_blocking=True)",
         CHECKSUM_ON_CUDA,
     ),
     Mutation(
@@ -198,6 +199,24 @@ MUTATIONS = (
         "const int64_t len = row.spec.masked ? std::min(row.planned_len, row.known()) : row.planned_len;",
         "const int64_t len = row.planned_len;",
         CHECKSUM,
+    ),
+    Mutation(
+        "device-holds-whatever-is-not-there-yet", "python/sapwood/program/cuda_executor.py",
+        "while not (logits.done_ns or self._packer.masks_posted(packed)):",
+        "while False:",
+        MASKS,
+    ),
+    Mutation(
+        "device-keeps-no-hidden-state", "python/sapwood/program/cuda_executor.py",
+        "if masks.num_held:",
+        "if False:",
+        MASKS,
+    ),
+    Mutation(
+        "packer-forgets-holds", "cpp/batch/plan_packer.cc",
+        "rows_[masked.row].held = true;",
+        "",
+        MASKS,
     ),
     # The step loop.
     Mutation(

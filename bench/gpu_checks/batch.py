@@ -3,7 +3,8 @@
 A `Loop` plays the engine: it admits, extends in chunks, decodes, truncates, forces tokens and frees, always ahead of
 what it has heard, so that rows die under plans that still name them. A `Rows` is the device's memory, with canaries
 around every array and poison in all that means nothing. What they make of a plan must be the RowTable's arrays, laid
-out with dead rows in their places and with padding, and its results.
+out with dead rows in their places and with padding, and its results. Some rows draw under masks, which the `Pair` of
+the two posts in time or not.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from sapwood.program.cuda_library import (
 )
 
 INIT, APPEND, FORCE, TRUNCATE, FREE = range(5)
-EXTEND, DECODE = range(2)
+EXTEND, DECODE, RESUME = 0, 1, 4
 FINISHED: Final = 1 | 2 | 8  # flags of a row that has ended: stop, length, bad logits
+HELD: Final = 4
 SKIPPED: Final = 16
+LATE: Final = -2  # in place of a mask's number
+KEPT_BEGIN: Final = 5000  # logit_src of row 0 that is resumed
 CANARY: Final = 0x5A
 GUARD: Final = 64  # bytes on both sides of an array
 POISON: Final = 0x6B6B6B6B  # a page id, or stop id, that means nothing
@@ -56,7 +60,7 @@ class Item:
 
     @property
     def num_logit_rows(self) -> int:
-        return 1 if self.kind == DECODE else self.q_len - self.logit_from
+        return self.q_len - self.logit_from if self.kind == EXTEND else 1
 
 
 class PlanWriter:
@@ -68,6 +72,7 @@ class PlanWriter:
         self.inits: list[bytes] = []
         self.ints: list[int] = []
         self.items: list[Item] = []
+        self.mask_rows: list[int] = []
 
     def init(
         self, row: int, gen: int, kv_len: int = 0, *, max_len: int = 1000, min_len: int = 0,
@@ -102,6 +107,14 @@ class PlanWriter:
         self.items.append(Item(row, gen, DECODE, 1, 0, [], -1))
         return self
 
+    def resume(self, row: int, gen: int) -> PlanWriter:
+        self.items.append(Item(row, gen, RESUME, 0, 0, [], -1))
+        return self
+
+    def masked(self, *rows: int) -> PlanWriter:
+        self.mask_rows += rows
+        return self
+
     def build(self) -> Any:
         from sapwood import _core
 
@@ -122,7 +135,7 @@ class PlanWriter:
             + array(items)
             + array(struct.pack("<i", token) for token in tokens)
             + array(())
-            + array(())
+            + array(struct.pack("<i", row) for row in self.mask_rows)
         )
 
 
@@ -175,6 +188,7 @@ class Sizes:
     max_rows: int = 11
     max_pages: int = 24
     max_stop_ids: int = 3
+    vocab_size: int = 40  # of masks
 
 
 class Rows:
@@ -187,7 +201,9 @@ class Rows:
         self.sizes = s = sizes
         self.groups = [_core.KvGroup("full", page_size=s.page_size)]
         self.groups += [_core.KvGroup("window", window=6, page_size=s.page_size) for _ in range(s.num_groups - 1)]
-        self.packer = _core.PlanPacker(self.groups, s.max_rows, max_pages=s.max_pages, max_stop_ids=s.max_stop_ids)
+        self.packer = _core.PlanPacker(
+            self.groups, s.max_rows, max_pages=s.max_pages, max_stop_ids=s.max_stop_ids, vocab_size=s.vocab_size
+        )
         self.rows = Guarded(d, "rows", np.uint8, s.max_rows, ROW_BYTES, fill=0)
         poison = POISON & 0xFF
         self.stop_ids = Guarded(d, "stop_ids", np.int32, s.max_rows, s.max_stop_ids, fill=poison)
@@ -236,22 +252,26 @@ class Rows:
             "prepare_step",
             PrepareStepParams(
                 num_padded_tokens=num_tokens, num_padded_segments=num_segments, num_padded_logit_rows=num_logit_rows,
-                state=self.state, blob=self.blob.data_ptr(), result=self.result.data_ptr(), slots=slots,
-                **{name: array.data_ptr() for name, array in out.items() if not name.startswith("slots")},
+                kept_begin=KEPT_BEGIN, state=self.state, blob=self.blob.data_ptr(), result=self.result.data_ptr(),
+                slots=slots, **{name: array.data_ptr() for name, array in out.items() if not name.startswith("slots")},
             ),
         )  # fmt: skip
         return out
 
-    def commit(self, page_rows: Guarded, tokens: Array, logprobs: Array, bad: Array) -> None:
+    def commit(
+        self, page_rows: Guarded, tokens: Array, logprobs: Array, bad: Array, mask_index: Array | None = None
+    ) -> None:
         arrays = [
-            before_guard(self.d, torch.from_numpy(array.copy()).to(self.d.name)) for array in (tokens, logprobs, bad)
+            before_guard(self.d, torch.from_numpy(array.copy()).to(self.d.name))
+            for array in (tokens, logprobs, bad, *(() if mask_index is None else (mask_index,)))
         ]
-        token, logprob, is_bad = (array.data_ptr() for array in arrays)
+        token, logprob, is_bad, *index = (array.data_ptr() for array in arrays)
         self.d.call(
             "commit_step",
             CommitStepParams(
                 state=self.state, blob=self.blob.data_ptr(), result=self.result.data_ptr(),
                 page_rows=page_rows.data_ptr(), token=token, logprob=logprob, bad=is_bad,
+                mask_index=index[0] if index else None,
             ),
         )  # fmt: skip
         for array in (self.rows, self.stop_ids, *self.tables):
@@ -307,7 +327,10 @@ def expected_arrays(
     out["logit_rows"] = np.full(num_logit_rows, sizes.max_rows, np.int32)
     for i, item in enumerate(items):
         ends = int(q_begin[i]) + item.q_len
-        out["logit_src"][logit_begin[i] : logit_begin[i + 1]] = np.arange(ends - item.num_logit_rows, ends)
+        there = slice(int(logit_begin[i]), int(logit_begin[i + 1]))
+        out["logit_src"][there] = np.arange(ends - item.num_logit_rows, ends)
+        if item.kind == RESUME:
+            out["logit_src"][there] = KEPT_BEGIN + item.row
     sampling = {name: np.zeros(num_logit_rows, dtype) for name, dtype in LOGIT_ARRAYS.items()}
     sampling["top_p"][:] = 1
     banned = np.full((num_logit_rows, sizes.max_stop_ids), -1, np.int32)
@@ -324,7 +347,10 @@ def expected_arrays(
         out["page_rows"][i] = row
         given = prepared["sampling"]
         for logit in range(int(logit_begin[i]), int(logit_begin[i + 1])):
-            assert out["logit_src"][logit] - q_begin[i] == prepared["logit_src"][live_logits] - begin
+            if q_len > 0:
+                assert out["logit_src"][logit] - q_begin[i] == prepared["logit_src"][live_logits] - begin
+            else:
+                assert prepared["logit_src"][live_logits] == -1
             out["logit_rows"][logit] = row
             for name, column in sampling.items():
                 column[logit] = given[name][live_logits]
@@ -378,9 +404,16 @@ class Pair:
         tokens = self.rng.integers(0, self.vocab, drawn, dtype=np.int32)
         logprobs = -self.rng.random(drawn, dtype=np.float32)
         bad = (self.rng.random(drawn) < 0.03).astype(np.int32)
-        self.device.commit(arrays["page_rows"], tokens, logprobs, bad)
         live = np.flatnonzero(expected["logit_rows"] != self.device.sizes.max_rows)
-        result = self.table.commit(plan, tokens[live], logprobs[live], bad[live])
+        masked = {logit: (row, gen, position) for logit, row, gen, position, _ in packed.masked}
+        by_table = live[prepared["logit_masked"] != 0].tolist()
+        assert [logit for logit in masked if logit in live] == by_table, f"{what}: masked {masked}, not {by_table}"
+        for logit in by_table:
+            assert masked[logit] == (expected["logit_rows"][logit], masked[logit][1], expected["position"][logit])
+        mask_index = self.mask(packed, expected, live) if masked or self.rng.random() < 0.3 else None
+        self.device.commit(arrays["page_rows"], tokens, logprobs, bad, mask_index)
+        held = np.zeros(len(live), bool) if mask_index is None else mask_index[live] == LATE
+        result = self.table.commit(plan, tokens[live], logprobs[live], bad[live], held)
         got = self.device.finish(plan, packed.sequence)
         assert got.error == "", f"{what}: {got.error}"
         for name in ("step_id", "num_tokens", "num_kv", "num_logit_rows", "tokens"):
@@ -388,7 +421,39 @@ class Pair:
             assert values[0] == values[1], f"{what}: {name} of the result is {values[0]}, expected {values[1]}"
         assert got.items() == result.items(), f"{what}: items {got.items()}, expected {result.items()}"
         np.testing.assert_array_equal(got.logprobs, result.logprobs)
+        self.device.packer.drop_masks(plan, got)
         return result
+
+    def mask(self, packed: Any, expected: dict[str, Array], live: Array) -> Array:
+        """Posts some of the step's masks and packs them; the index, of all L. Those of rows that have ended, as the
+        packer has been told, are not taken.
+        """
+        packer, posted = self.device.packer, {}
+        for logit, row, gen, position, query in packed.masked:
+            src = expected["logit_src"][logit]
+            assert query == (-1 if src >= KEPT_BEGIN else src)
+            if self.rng.random() < 0.6:
+                words = self.rng.integers(0, 2**32, 2, dtype=np.uint32)
+                packer.post_mask(row, gen, position, words)
+                if logit in live:
+                    posted[logit] = words
+        assert packer.masks_posted(packed) == all(m[0] in posted or m[0] not in live for m in packed.masked)
+        out = np.full(packer.mask_bytes(packed) + GUARD, CANARY, np.uint8)
+        block = packer.pack_masks(packed, out)
+        assert (out[block.num_bytes :] == CANARY).all() and block.num_bytes <= len(out) - GUARD
+        assert not packer.masks_posted(packed) or not posted, "what has been packed is still there"
+        index = out[block.mask_index :][: 4 * packed.num_logit_rows].view(np.int32)
+        words = out[block.masks : block.num_bytes].view(np.uint32).reshape(-1, 2)
+        assert len(words) == block.num_masks == len(posted)
+        for logit in range(packed.num_logit_rows):
+            if logit in posted:
+                assert np.array_equal(words[index[logit]], posted[logit])
+            else:
+                assert index[logit] == (LATE if any(logit == m[0] for m in packed.masked) else -1)
+        late = [m for m in packed.masked if m[0] not in posted and m[4] >= 0]
+        pairs = out[: 16 * block.num_held].view(np.int64).reshape(2, -1).tolist()
+        assert pairs == [[m[4] for m in late], [m[1] for m in late]]
+        return np.concatenate((index, np.full(1, LATE, np.int32)))  # the last is nobody's
 
     def check_packed(self, writer: PlanWriter, packed: Any, prepared: dict[str, Any]) -> None:
         """What the host was told before the launch holds."""
@@ -398,8 +463,9 @@ class Pair:
         assert packed.num_logit_rows == sum(item.num_logit_rows for item in writer.items)
         bounds = packed.kv_bounds
         assert (bounds >= packed.q_lens).all()
-        for _, i, _, _, kv_len, _ in prepared["segments"]:
-            assert bounds[i] == kv_len, f"item {i}: kv_len bounded by {bounds[i]}, it is {kv_len}"
+        for _, i, _, q_len, kv_len, _ in prepared["segments"]:
+            bound = kv_len if q_len > 0 else 0
+            assert bounds[i] == bound, f"item {i}: kv_len bounded by {bounds[i]}, it is {kv_len}"
         assert packed.max_q_len == max(q_lens, default=0) and packed.max_kv_bound == max(bounds, default=0)
         assert packed.any_logprob or not prepared["sampling"]["want_logprob"].any()
         assert packed.any_banned or not prepared["sampling"]["banned_ids"].size
@@ -419,6 +485,8 @@ class Request:
     prompt: int  # tokens still to be computed before it decodes
     pages: int = 0
     ended: bool = False
+    masked: bool = False
+    held: bool = False
 
 
 @dataclass
@@ -447,8 +515,19 @@ class Loop:
             return
         for row, gen, _, _, flags in self.unheard.pop(0).items():
             request = self.requests.get(row)
-            if request is not None and request.gen == gen and flags & FINISHED:
+            if request is None or request.gen != gen:
+                continue
+            if flags & FINISHED:
                 request.ended = True
+            elif flags == HELD:
+                # Decodes have been launched on top of it, and come to nothing.
+                request.held = True
+                request.kv_len -= self.num_unheard(request)
+
+    def num_unheard(self, request: Request) -> int:
+        """Items of the request whose results have not been heard of."""
+        items = (item for result in self.unheard for item in result.items())
+        return sum((row, gen) == (request.row, request.gen) for row, gen, *_ in items)
 
     def plan(self) -> PlanWriter:
         self.step_id += 1
@@ -487,7 +566,7 @@ class Loop:
             rope_mode=self.pick(0, 3), return_logprob=self.chance(0.5),
         )  # fmt: skip
         prompt = self.pick(1, min(room // 2, max_len - kv_len - 1))
-        self.requests[row] = Request(row, gen, kv_len, kv_len, prompt)
+        self.requests[row] = Request(row, gen, kv_len, kv_len, prompt, masked=self.chance(0.4))
         self.reserve(writer, self.requests[row], kv_len)
 
     def reserve(self, writer: PlanWriter, request: Request, num_tokens: int) -> None:
@@ -509,14 +588,26 @@ class Loop:
     def plan_row(self, writer: PlanWriter, request: Request) -> None:
         room = self.sizes.max_pages * self.sizes.page_size
         row, gen = request.row, request.gen
-        if request.prompt == 0 and request.kv_len > request.first_kv and self.chance(0.05):
-            request.kv_len = self.pick(request.first_kv, request.kv_len)
-            writer.op(TRUNCATE, row, gen, value=request.kv_len)
-            if self.chance(0.5):
+        # A step that has not been heard of may have held the row; what is planned on top must not mind.
+        certain = not request.masked or self.num_unheard(request) == 0
+        if request.prompt == 0 and request.kv_len > request.first_kv and certain and self.chance(0.05):
+            kv_len = self.pick(request.first_kv, request.kv_len) if self.chance(0.8) else request.kv_len
+            request.held &= kv_len == request.kv_len
+            request.kv_len = kv_len
+            writer.op(TRUNCATE, row, gen, value=kv_len)
+            if not request.held and self.chance(0.5):
                 request.prompt = self.pick(1, 9)
-        if request.prompt == 0 and self.chance(0.05):
+        if request.prompt == 0 and certain and self.chance(0.05):
             ids = self.rng.integers(0, 24, self.pick(1, 3)).tolist()
             writer.op(FORCE, row, gen, ids=ids, value=request.kv_len)
+            request.held = False
+        if request.masked and self.chance(0.9):
+            writer.masked(row)
+        if request.held:
+            if self.chance(0.7):
+                writer.resume(row, gen)
+                request.held = False
+            return
         left = room - request.kv_len
         if left == 0:
             return
@@ -529,7 +620,7 @@ class Loop:
         request.prompt -= count
         self.reserve(writer, request, request.kv_len + count)
         logit_from = count - 1 if request.prompt == 0 else count
-        if self.chance(0.15):
+        if self.chance(0.15) and not (request.masked and request.prompt > 0):
             logit_from = self.pick(0, count)
         writer.extend(row, gen, request.kv_len, self.rng.integers(0, 24, count).tolist(), logit_from)
         request.kv_len += count
@@ -550,6 +641,13 @@ def play(d: Device, sizes: Sizes, num_steps: int, seed: int, lag: int = 2, max_c
         loop.hear(result)
     assert all(seen.get(flags, 0) >= num_steps // 40 for flags in (0, 2, 8, SKIPPED)), seen
     assert seen.get(1, 0) >= num_steps // 40 or sizes.max_stop_ids == 0, seen
+    assert seen.get(HELD, 0) >= num_steps // 40, seen
+    assert (seen.get(HELD | SKIPPED, 0) >= num_steps // 40) == (lag > 0), seen
+    writer = PlanWriter(loop.step_id + 1)
+    for request in loop.requests.values():
+        writer.op(FREE, request.row, request.gen)
+    pair.step(writer)
+    assert pair.device.packer.num_masks == 0, "masks of rows that have ended"
     return num_steps
 
 
@@ -580,6 +678,23 @@ def two_live_rows(d: Device, sizes: Sizes) -> Pair:
     assert pair.device.finish(plan, packed.sequence).tokens == [7, 8, 9]
     assert pair.table.commit(plan, tokens, zeros, np.zeros(3, np.int32)).tokens == [7, 8, 9]
     assert prepared["tokens"].size == 18
+    return pair
+
+
+def held_row(d: Device) -> Pair:
+    """two_live_rows, of which row 1 came to its seventh token without a mask: what was drawn counts for nothing."""
+    pair = two_live_rows(d, Sizes())
+    plan = PlanWriter(2).decode(1, 5).masked(1).build()
+    packed = pair.device.upload(plan)
+    pair.table.prepare(plan)
+    pair.device.packer.pack_masks(packed, np.zeros(pair.device.packer.mask_bytes(packed), np.uint8))
+    pair.device.row_ops()
+    arrays = pair.device.prepare(1, 1, 1)
+    one, held = np.ones(1, np.int32), np.ones(1, bool)
+    pair.device.commit(arrays["page_rows"], one, one.astype(np.float32), one, np.full(1, LATE, np.int32))
+    result = pair.device.finish(plan, packed.sequence)
+    assert result.items() == pair.table.commit(plan, one, one.astype(np.float32), one, held).items()
+    assert [item[4] for item in result.items()] == [HELD]
     return pair
 
 
@@ -734,6 +849,27 @@ def check_prepare_step(d: Device) -> int:
     assert pair.device.failed_rows == [3, 11, 11]
     assert_ended(pair, [])
     cases += 1
+
+    # What goes on with a row that is held, and with one that is not.
+    held_or_not = (
+        (
+            two_live_rows(d, Sizes()),
+            PlanWriter(3).decode(3, 7).resume(1, 5),
+            "item 1 (resume of row 1): the row is not held",
+        ),
+        (held_row(d), PlanWriter(3).decode(3, 7).extend(1, 5, 7, [1], 0), "item 1 (extend of row 1): the row is held"),
+    )
+    for pair, writer, said in held_or_not:
+        raises_in_table(pair, writer)
+        error = pair.device.fail(writer)
+        assert said in error, error
+        assert_ended(pair, [2])
+        cases += 1
+    pair = held_row(d)
+    for gen, flags in ((4, SKIPPED), (5, SKIPPED | HELD), (6, SKIPPED)):
+        result = pair.step(PlanWriter(gen).decode(1, gen), (1, 1, 1))
+        assert [item[4] for item in result.items()] == [flags]
+        cases += 1
 
     # A launch with too little room is all padding, and writes nothing beyond it.
     for room in ((1, 2, 2), (2, 1, 2), (2, 2, 1), (2, 2, 0)):

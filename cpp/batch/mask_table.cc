@@ -52,6 +52,16 @@ void MaskTable::Post(int32_t row, uint32_t gen, int64_t position, std::span<cons
 
 MaskTable::Bits MaskTable::Find(int32_t row, uint32_t gen, int64_t position) const {
   const std::lock_guard lock(mutex_);
+  return FindLocked(row, gen, position);
+}
+
+bool MaskTable::MayCome(int32_t row, uint32_t gen, int64_t position) const {
+  const std::lock_guard lock(mutex_);
+  const uint32_t ended = rows_[row].ended_gen;
+  return (ended == 0 || Before(ended, gen)) && FindLocked(row, gen, position) == nullptr;
+}
+
+MaskTable::Bits MaskTable::FindLocked(int32_t row, uint32_t gen, int64_t position) const {
   for (const Mask& mask : rows_[row].masks) {
     if (mask.gen == gen && mask.position == position) return mask.bits;
   }
@@ -72,7 +82,9 @@ void MaskTable::Begin(int32_t row, uint32_t gen) {
 
 void MaskTable::End(int32_t row, uint32_t gen) {
   const std::lock_guard lock(mutex_);
-  rows_[row].ended_gen = gen;
+  // Of two that ended, the older may be heard of last.
+  uint32_t& ended = rows_[row].ended_gen;
+  if (ended == 0 || Before(ended, gen)) ended = gen;
   DropIf(row, [gen](const Mask& mask) { return mask.gen == gen || Before(mask.gen, gen); });
 }
 

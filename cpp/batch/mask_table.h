@@ -30,6 +30,8 @@ class MaskTable {
   // this generation has ended. Throws InvalidArgument on a wrong length, and where kMaxPerRow masks of the row wait.
   void Post(int32_t row, uint32_t gen, int64_t position, std::span<const uint32_t> bits);
   Bits Find(int32_t row, uint32_t gen, int64_t position) const;  // null: not there
+  // Whether it is worth waiting for: it is not there, and its row is not known to have ended.
+  bool MayCome(int32_t row, uint32_t gen, int64_t position) const;
 
   // What the executor has done with a row, and which masks nobody will ask for any more: those of former generations, of
   // this one as well, or of tokens up to the one at `position`.
@@ -50,6 +52,7 @@ class MaskTable {
     std::vector<Mask> masks;  // in the order they were posted
   };
 
+  Bits FindLocked(int32_t row, uint32_t gen, int64_t position) const;
   template <typename Drop>
   void DropIf(int32_t row, Drop drop);
 

@@ -24,7 +24,8 @@ static_assert(static_cast<int>(RowOpKind::kInit) == SAPWOOD_ROW_OP_INIT &&
               static_cast<int>(RowOpKind::kTruncate) == SAPWOOD_ROW_OP_TRUNCATE &&
               static_cast<int>(RowOpKind::kFree) == SAPWOOD_ROW_OP_FREE);
 static_assert(static_cast<int>(ItemKind::kExtend) == SAPWOOD_ITEM_EXTEND &&
-              static_cast<int>(ItemKind::kDecode) == SAPWOOD_ITEM_DECODE);
+              static_cast<int>(ItemKind::kDecode) == SAPWOOD_ITEM_DECODE &&
+              static_cast<int>(ItemKind::kResume) == SAPWOOD_ITEM_RESUME);
 
 constexpr int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -33,7 +34,16 @@ void CheckRange(const std::vector<int32_t>& ids, int32_t begin, int64_t count, c
                 count, ") is outside its array of ", ids.size());
 }
 
-bool Samples(const PlanItem& item) { return item.kind == ItemKind::kDecode || item.logit_from < item.q_len; }
+// As the blob has it.
+int32_t LogitFrom(const PlanItem& item) {
+  switch (item.kind) {
+    case ItemKind::kDecode: return 0;
+    case ItemKind::kResume: return -1;
+    default: return item.logit_from;
+  }
+}
+
+bool Samples(const PlanItem& item) { return LogitFrom(item) < item.q_len; }
 
 }  // namespace
 
@@ -69,11 +79,13 @@ class PlanPacker::Writer {
   int64_t at_ = sizeof(SapwoodPlanBlob);
 };
 
-PlanPacker::PlanPacker(std::vector<KvGroup> groups, int32_t max_rows, int32_t max_pages, int32_t max_stop_ids)
-    : max_pages_(max_pages), max_stop_ids_(max_stop_ids) {
+PlanPacker::PlanPacker(std::vector<KvGroup> groups, int32_t max_rows, int32_t max_pages, int32_t max_stop_ids,
+                       int32_t vocab_size)
+    : max_pages_(max_pages), max_stop_ids_(max_stop_ids), mask_words_((int64_t{vocab_size} + 31) / 32) {
   SAPWOOD_REQUIRE(!groups.empty(), "groups must not be empty");
   SAPWOOD_REQUIRE(max_rows > 0, "max_rows must be positive, got ", max_rows);
   SAPWOOD_REQUIRE(max_stop_ids >= 0, "max_stop_ids must not be negative, got ", max_stop_ids);
+  SAPWOOD_REQUIRE(vocab_size > 0, "vocab_size must be positive, got ", vocab_size);
   num_groups_ = static_cast<int32_t>(groups.size());
   page_size_ = groups[0].page_size;
   for (const KvGroup& group : groups) {
@@ -88,6 +100,8 @@ PlanPacker::PlanPacker(std::vector<KvGroup> groups, int32_t max_rows, int32_t ma
   }
   rows_.resize(max_rows);
   for (Row& row : rows_) row.num_pages.resize(num_groups_);
+  masked_.resize(max_rows);
+  masks_ = std::make_unique<MaskTable>(max_rows, vocab_size);
 }
 
 int64_t PlanPacker::BytesNeeded(const StepPlan& plan) const {
@@ -186,7 +200,10 @@ bool PlanPacker::MirrorRowOp(const StepPlan& plan, const RowOp& op) {
     return true;
   }
   if (op.kind == RowOpKind::kFree) {
-    if (row.gen == op.gen) row.alive = false;
+    if (row.gen == op.gen) {
+      row.alive = false;
+      masks_->End(op.row, op.gen);
+    }
     return true;
   }
   SAPWOOD_CHECK(row.gen == op.gen, "row op for generation ", op.gen, " of row ", op.row, ", which is at ", row.gen);
@@ -209,11 +226,13 @@ bool PlanPacker::MirrorRowOp(const StepPlan& plan, const RowOp& op) {
       SAPWOOD_CHECK(op.count > 0, "no forced tokens for row ", op.row);
       SAPWOOD_CHECK(!row.alive || !row.certain || op.value == row.kv_len, "forced tokens at position ", op.value,
                     " of row ", op.row, ", whose next position is ", row.kv_len);
+      row.held = false;  // what it waited to draw has been given
       return row.alive;
     case RowOpKind::kTruncate:
       SAPWOOD_CHECK(op.value >= 0, "row ", op.row, " cannot be truncated to ", op.value);
       SAPWOOD_CHECK(!row.alive || !row.certain || op.value <= row.kv_len, "row ", op.row, " cannot be truncated to ",
                     op.value, " from ", row.kv_len);
+      if (op.value < row.kv_len) row.held = false;  // the hidden state that is kept is no longer the row's last
       row.kv_len = std::min(row.kv_len, op.value);
       return row.alive;
     default:
@@ -232,6 +251,8 @@ void PlanPacker::MirrorInit(const StepPlan& plan, const RowOp& op) {
   Row& row = rows_[op.row];
   row.gen = op.gen;
   row.alive = row.certain = true;
+  row.held = false;
+  masks_->Begin(op.row, op.gen);
   row.wants_logprob = init.return_logprob != 0;
   row.num_stop_ids = init.stop_count;
   row.min_len = init.min_len;
@@ -245,8 +266,8 @@ std::vector<SharedPrefix> PlanPacker::SharedPrefixes(const StepPlan& plan, int64
   std::vector<PrefixReader> readers;
   for (size_t i = 0; i < plan.items.size() && full_group_ >= 0; ++i) {
     const PlanItem& item = plan.items[i];
-    if (item.kind != ItemKind::kDecode) continue;
     const Row& row = rows_[item.row];
+    if (item.kind != ItemKind::kDecode || row.held) continue;
     const auto room = static_cast<int64_t>(row.pages.size()) * page_size_;
     const int64_t before = std::min(row.kv_len - 1, room);  // kv_len is that after the step
     if (before > 0) readers.push_back({static_cast<int32_t>(i), row.pages.data(), before});
@@ -260,13 +281,18 @@ void PlanPacker::PackItems(const StepPlan& plan, Writer* writer, PackedPlan* pac
   header.num_items = static_cast<int32_t>(num_items);
   packed->q_lens.reserve(num_items);
   packed->kv_bounds.reserve(num_items);
+  std::fill(masked_.begin(), masked_.end(), 0);
+  for (const int32_t r : plan.mask_rows) {
+    SAPWOOD_CHECK(r >= 0 && r < static_cast<int64_t>(rows_.size()), "mask_rows names row ", r, " of ", rows_.size());
+    masked_[r] = 1;
+  }
   header.items = writer->Begin();
   int64_t num_tokens = 0, num_logit_rows = 0;
   for (size_t i = 0; i < num_items; ++i) {
     const PlanItem& item = plan.items[i];
     CheckItem(plan, i);
-    const bool decode = item.kind == ItemKind::kDecode;
-    const int32_t logit_from = decode ? 0 : item.logit_from;
+    const bool resume = item.kind == ItemKind::kResume;
+    const int32_t logit_from = LogitFrom(item);
     writer->Put(SapwoodPlanItem{.row = item.row,
                                 .gen = item.gen,
                                 .kind = static_cast<int32_t>(item.kind),
@@ -277,17 +303,26 @@ void PlanPacker::PackItems(const StepPlan& plan, Writer* writer, PackedPlan* pac
     Row& row = rows_[item.row];
     row.last_sequence = packed->sequence;
     int64_t kv_bound = item.q_len;
-    if (row.alive && row.gen == item.gen) {
+    const int64_t logit_rows_end = num_logit_rows + item.q_len - logit_from;
+    if (row.alive && row.gen == item.gen && !(row.held && item.kind == ItemKind::kDecode)) {
       const int64_t begin = row.kv_len;
-      kv_bound = row.kv_len = begin + item.q_len;
+      row.kv_len = begin + item.q_len;
+      if (!resume) kv_bound = row.kv_len;
       if (Samples(item)) {
-        row.certain = false;
+        row.certain = row.held = false;
         packed->any_logprob |= row.wants_logprob;
         packed->any_banned |= row.num_stop_ids > 0 && begin + logit_from + 1 < row.min_len;
+        if (masked_[item.row]) {
+          packed->masked.push_back({.logit_row = static_cast<int32_t>(logit_rows_end - 1),
+                                    .row = item.row,
+                                    .gen = item.gen,
+                                    .position = row.kv_len,
+                                    .query = resume ? -1 : static_cast<int32_t>(num_tokens + item.q_len - 1)});
+        }
       }
     }
     num_tokens += item.q_len;
-    num_logit_rows += item.q_len - logit_from;
+    num_logit_rows = logit_rows_end;
     packed->q_lens.push_back(item.q_len);
     packed->kv_bounds.push_back(kv_bound);
     packed->max_q_len = std::max(packed->max_q_len, item.q_len);
@@ -304,9 +339,7 @@ void PlanPacker::PackItems(const StepPlan& plan, Writer* writer, PackedPlan* pac
   for (const PlanItem& item : plan.items) writer->Put(end += item.q_len);
   header.logit_indptr = writer->Begin();
   writer->Put(end = 0);
-  for (const PlanItem& item : plan.items) {
-    writer->Put(end += item.q_len - (item.kind == ItemKind::kDecode ? 0 : item.logit_from));
-  }
+  for (const PlanItem& item : plan.items) writer->Put(end += item.q_len - LogitFrom(item));
 }
 
 // As RowTable::Prepare, as far as a row is certain to be alive; whether a page is missing only the device looks.
@@ -317,23 +350,90 @@ void PlanPacker::CheckItem(const StepPlan& plan, size_t index) const {
   const Row& row = rows_[item.row];
   SAPWOOD_CHECK(row.last_sequence != sequence_, "item ", index, ": row ", item.row,
                 " has an item in this step already");
-  const bool decode = item.kind == ItemKind::kDecode;
-  SAPWOOD_CHECK(decode || item.kind == ItemKind::kExtend, "item ", index, ": ", ItemKindName(item.kind),
+  const bool decode = item.kind == ItemKind::kDecode, resume = item.kind == ItemKind::kResume;
+  SAPWOOD_CHECK(decode || resume || item.kind == ItemKind::kExtend, "item ", index, ": ", ItemKindName(item.kind),
                 " is not supported by this executor");
-  SAPWOOD_CHECK(item.q_len >= 1 && (!decode || item.q_len == 1), "item ", index, ": ", ItemKindName(item.kind), " of ",
-                item.q_len, " tokens");
+  SAPWOOD_CHECK(resume ? item.q_len == 0 : item.q_len >= 1 && (!decode || item.q_len == 1), "item ", index, ": ",
+                ItemKindName(item.kind), " of ", item.q_len, " tokens");
   SAPWOOD_CHECK(item.logit_from >= 0 && item.logit_from <= item.q_len, "item ", index, ": logit_from ", item.logit_from,
                 " of ", item.q_len);
   SAPWOOD_CHECK(item.q_len <= max_pages_ * page_size_, "item ", index, ": ", item.q_len, " tokens, ", max_pages_,
                 " pages of ", page_size_, " hold fewer");
-  if (!decode) CheckRange(plan.tokens, item.token_begin, item.q_len, "extend tokens");
+  if (item.kind == ItemKind::kExtend) CheckRange(plan.tokens, item.token_begin, item.q_len, "extend tokens");
   if (!row.alive || !row.certain || row.gen != item.gen) return;
+  SAPWOOD_CHECK(!resume, "item ", index, ": resume of row ", item.row, ", which is not held");
   SAPWOOD_CHECK(decode || item.kv_len == row.kv_len, "extend of row ", item.row, " expects kv_len ", item.kv_len,
                 ", the row has ", row.kv_len);
   const int64_t end = row.kv_len + item.q_len;
   for (int32_t g = 0; g < num_groups_; ++g) {
     SAPWOOD_CHECK(end <= int64_t{row.num_pages[g]} * page_size_, "row ", item.row, " needs ", end, " slots in group ",
                   g, ", its page table has ", row.num_pages[g], " pages of ", page_size_);
+  }
+}
+
+bool PlanPacker::MasksPosted(const PackedPlan& packed) const {
+  return std::none_of(packed.masked.begin(), packed.masked.end(), [this](const MaskedLogitRow& masked) {
+    return masks_->MayCome(masked.row, masked.gen, masked.position);
+  });
+}
+
+int64_t PlanPacker::MaskBytes(const PackedPlan& packed) const {
+  const auto num_masked = static_cast<int64_t>(packed.masked.size());
+  return num_masked * (2 * 8 + mask_words_ * 4) + int64_t{packed.num_logit_rows} * 4;
+}
+
+PackedMasks PlanPacker::PackMasks(const PackedPlan& packed, std::span<uint8_t> out) {
+  SAPWOOD_REQUIRE(packed.sequence == sequence_, "masks are of packing ", packed.sequence, ", the last was ", sequence_);
+  const int64_t needed = MaskBytes(packed);
+  SAPWOOD_REQUIRE(static_cast<int64_t>(out.size()) >= needed, "out must have room for ", needed, " bytes, got ",
+                  out.size(), ": see mask_bytes");
+  std::vector<int64_t> queries, rows;
+  std::vector<int32_t> index(packed.num_logit_rows, -1);
+  std::vector<MaskTable::Bits> masks;
+  for (const MaskedLogitRow& masked : packed.masked) {
+    if (MaskTable::Bits bits = masks_->Find(masked.row, masked.gen, masked.position)) {
+      index[masked.logit_row] = static_cast<int32_t>(masks.size());
+      masks.push_back(std::move(bits));
+      masks_->Drawn(masked.row, masked.gen, masked.position);
+      continue;
+    }
+    index[masked.logit_row] = SAPWOOD_MASK_LATE;
+    rows_[masked.row].held = true;
+    if (masked.query < 0) continue;  // resumed too early: its hidden state is there
+    queries.push_back(masked.query);
+    rows.push_back(masked.row);
+  }
+  PackedMasks block;
+  int64_t at = 0;
+  const auto put = [&](const auto& elements) {
+    const int64_t begin = at;
+    const auto bytes = static_cast<int64_t>(elements.size() * sizeof(elements[0]));
+    if (bytes > 0) std::memcpy(out.data() + begin, elements.data(), bytes);
+    at += bytes;
+    return begin;
+  };
+  put(queries);
+  put(rows);
+  block.mask_index = put(index);
+  block.masks = at;
+  for (const MaskTable::Bits& bits : masks) put(*bits);
+  block.num_bytes = at;
+  block.num_held = static_cast<int32_t>(rows.size());
+  block.num_masks = static_cast<int32_t>(masks.size());
+  return block;
+}
+
+void PlanPacker::DropMasks(const StepPlan& plan, const StepResult& result) {
+  const auto end = [this](int32_t row, uint32_t gen) {
+    if (row >= 0 && row < static_cast<int64_t>(rows_.size())) masks_->End(row, gen);
+  };
+  if (!result.error.empty()) {
+    for (const PlanItem& item : plan.items) end(item.row, item.gen);
+    for (const RowOp& op : plan.row_ops) end(op.row, op.gen);
+    return;
+  }
+  for (const ResultItem& item : result.items) {
+    if (item.flags & (kFinishedStop | kFinishedLength | kBadLogits)) end(item.row, item.gen);
   }
 }
 
@@ -359,8 +459,9 @@ std::string DeviceError(const StepPlan& plan, const SapwoodStepResultBlock& bloc
   const int32_t index = block.error_index, group = block.error_group;
   const int64_t value = block.error_value;
   const std::string step = StrCat("step ", plan.step_id, ", ");
-  const bool of_item = block.error >= SAPWOOD_STEP_KV_LEN && block.error <= SAPWOOD_STEP_PAGE_MISSING && index >= 0 &&
-                       index < static_cast<int64_t>(plan.items.size());
+  const bool names_item = (block.error >= SAPWOOD_STEP_KV_LEN && block.error <= SAPWOOD_STEP_PAGE_MISSING) ||
+                          block.error == SAPWOOD_STEP_HELD;
+  const bool of_item = names_item && index >= 0 && index < static_cast<int64_t>(plan.items.size());
   const PlanItem item = of_item ? plan.items[index] : PlanItem{};
   const std::string what = StrCat(step, "item ", index, " (", ItemKindName(item.kind), " of row ", item.row, "): ");
   switch (block.error) {
@@ -382,6 +483,8 @@ std::string DeviceError(const StepPlan& plan, const SapwoodStepResultBlock& bloc
       return StrCat(what, "its page table in group ", group, " has only ", value, " pages");
     case SAPWOOD_STEP_PAGE_MISSING:
       return StrCat(what, "no page for position ", value, " in group ", group);
+    case SAPWOOD_STEP_HELD:
+      return StrCat(what, value != 0 ? "the row is held" : "the row is not held");
     case SAPWOOD_STEP_PADDING:
       return StrCat(step, "launched with room for fewer tokens, segments or logit rows than it has");
     default:

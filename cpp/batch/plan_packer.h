@@ -6,18 +6,32 @@
 //
 // cuda/batch/plan_blob.h has the bytes, cuda/batch/ the kernels that read them; row_table.h the definition of both.
 //
-// Thread safety: none; used by the executor's thread.
+// Grammar masks (mask_table.h) are packed apart, as late as can be: when the step's sampling is launched. It is here that
+// a row is held or not, so the mirror knows of that as well, and a plan is packed after the masks of the one before.
+//
+// Thread safety: none, used by the executor's thread; but for PostMask, MasksPosted and DropMasks.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <utility>
 #include <vector>
 
+#include "batch/mask_table.h"
 #include "batch/plan.h"
 #include "batch/shared_prefix.h"
 
 namespace sapwood {
+
+// A logit row whose token is drawn under a mask, unless its row has ended.
+struct MaskedLogitRow {
+  int32_t logit_row;
+  int32_t row;
+  uint32_t gen;
+  int64_t position;  // absolute, of the token
+  int32_t query;     // of the step, whose hidden state is the logit row's; -1: the one that is kept of the row
+};
 
 // What the host knows of a packed step, to choose how it is launched.
 struct PackedPlan {
@@ -31,14 +45,32 @@ struct PackedPlan {
   bool any_logprob = false;        // a logit row wants its log-probability
   bool any_banned = false;         // a logit row may have to ban its row's stop ids
   std::vector<int32_t> q_lens;     // [items]
-  std::vector<int64_t> kv_bounds;  // [items] kv_len after the step if the row is alive; else the device has q_len
+  // [items] of those with queries, kv_len after the step if the row is alive and not held; else the device has q_len
+  std::vector<int64_t> kv_bounds;
   std::vector<PageCopy> copies;
+  std::vector<MaskedLogitRow> masked;  // without those of rows that are held, and so draw nothing in this step
+};
+
+// A block of the step's masks: these arrays, from the byte offsets on. The first two, at offset 0 and behind it, are of the
+// rows that are held now and were not before: int64 query tokens of the step, and int64 rows.
+struct PackedMasks {
+  int64_t num_bytes = 0;
+  int32_t num_held = 0;    // H, of both
+  int32_t num_masks = 0;
+  int64_t mask_index = 0;  // int32 [L]: as commit_step and sample take it (cuda/batch/params.h)
+  int64_t masks = 0;       // uint32 [num_masks][ceil(vocab_size / 32)]
 };
 
 class PlanPacker {
  public:
-  // max_pages: of a row in each group; max_stop_ids: of a row. The device's tables have that room.
-  PlanPacker(std::vector<KvGroup> groups, int32_t max_rows, int32_t max_pages, int32_t max_stop_ids);
+  // max_pages: of a row in each group; max_stop_ids: of a row. The device's tables have that room. vocab_size: what masks
+  // must cover.
+  PlanPacker(std::vector<KvGroup> groups, int32_t max_rows, int32_t max_pages, int32_t max_stop_ids, int32_t vocab_size);
+
+  // MaskTable::Post, from any thread.
+  void PostMask(int32_t row, uint32_t gen, int64_t position, std::span<const uint32_t> bits) {
+    masks_->Post(row, gen, position, bits);
+  }
 
   // Of the plan's blob, if it is packed next.
   int64_t BytesNeeded(const StepPlan& plan) const;
@@ -51,6 +83,16 @@ class PlanPacker {
   // A plan is bad for what RowTable would throw on, as far as that does not depend on whether a row is alive, which it
   // certainly is until a sample of it is planned. The rest the device reports.
   PackedPlan Pack(const StepPlan& plan, std::span<uint8_t> out);
+
+  // Whether every mask of the plan is there, but for those of rows that have ended (DropMasks). From any thread.
+  bool MasksPosted(const PackedPlan& packed) const;
+  // The masks that are there, and which rows are held for want of theirs, of the plan packed last: once for each plan that
+  // has masked logit rows, before the next is packed. out: MaskBytes or more.
+  int64_t MaskBytes(const PackedPlan& packed) const;
+  PackedMasks PackMasks(const PackedPlan& packed, std::span<uint8_t> out);
+  // A plan's result has come: the masks of rows that have ended go, and none of theirs is taken any more. From any thread.
+  void DropMasks(const StepPlan& plan, const StepResult& result);
+  size_t num_masks() const { return masks_->size(); }  // that wait
 
   // Of the plan packed last: its decode items behind the same pages of the first group that keeps all tokens, as segments
   // of the step, in whole chunks of chunk_len tokens that lie before every one's new token. Right whether rows live or not:
@@ -66,6 +108,7 @@ class PlanPacker {
     uint32_t gen = 0;
     bool alive = false;    // may be
     bool certain = false;  // is, if alive: no step that samples for it has been packed
+    bool held = false;     // is, if alive
     bool wants_logprob = false;
     int32_t num_stop_ids = 0;
     int64_t min_len = 0;
@@ -84,7 +127,10 @@ class PlanPacker {
 
   int32_t num_groups_, page_size_, max_pages_, max_stop_ids_;
   int32_t full_group_ = -1;  // the first that keeps all tokens; -1: there is none
+  int64_t mask_words_;
   std::vector<Row> rows_;
+  std::vector<uint8_t> masked_;  // [row] whether this plan names it in mask_rows
+  std::unique_ptr<MaskTable> masks_;
   std::vector<std::pair<int32_t, uint32_t>> ended_;  // (row, gen) that the next blob ends
   int64_t sequence_ = 0;
 };

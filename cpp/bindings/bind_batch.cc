@@ -339,22 +339,27 @@ void BindBatch(py::module_& m) {
       .def(
           "commit",
           [](PyRowTable& t, const StepPlan& plan, const py::array_t<int32_t>& tokens, const py::array_t<float>& logprobs,
-             const py::array_t<int32_t>& bad) {
+             const py::array_t<int32_t>& bad, const py::array_t<bool>& held) {
             SAPWOOD_REQUIRE(t.batch.step_id == plan.step_id, "commit: the step prepared last is ", t.batch.step_id,
                             ", not ", plan.step_id);
             const auto num_rows = static_cast<int64_t>(t.batch.logit_src.size());
             SAPWOOD_REQUIRE(tokens.ndim() == 1 && tokens.shape(0) == num_rows && logprobs.ndim() == 1 &&
                                 logprobs.shape(0) == num_rows && bad.ndim() == 1 && bad.shape(0) == num_rows,
                             "commit: tokens, logprobs and bad must be [", num_rows, "]");
+            SAPWOOD_REQUIRE(held.ndim() == 1 && (held.shape(0) == num_rows || held.shape(0) == 0),
+                            "commit: held must be [", num_rows, "] or left out");
             std::vector<SampledToken> sampled(num_rows);
             for (int64_t l = 0; l < num_rows; ++l) {
-              SAPWOOD_REQUIRE(!t.batch.logit_masked[l], "commit: logit row ", l, " is to be drawn under a mask; `sample` "
-                              "knows masks, another sampler must refuse plans with mask_rows");
-              sampled[l] = {tokens.at(l), logprobs.at(l), bad.at(l) != 0};
+              SAPWOOD_REQUIRE(!t.batch.logit_masked[l] || held.shape(0) > 0, "commit: logit row ", l, " is to be drawn "
+                              "under a mask; say by `held` whether it was there");
+              sampled[l] = {tokens.at(l), logprobs.at(l), bad.at(l) != 0, held.shape(0) > 0 && held.at(l)};
+              SAPWOOD_REQUIRE(t.batch.logit_masked[l] || !sampled[l].held, "commit: logit row ", l, " needs no mask, "
+                              "`held` says that it is late");
             }
             return FinishStep(plan, t.batch, sampled, &t.rows);
           },
-          py::arg("plan"), py::arg("tokens"), py::arg("logprobs"), py::arg("bad"))
+          py::arg("plan"), py::arg("tokens"), py::arg("logprobs"), py::arg("bad"),
+          py::arg("held") = py::array_t<bool>(0))
       // What an executor reports of a step that raised: no items, only why.
       .def_static(
           "fail",
@@ -383,21 +388,55 @@ void BindBatch(py::module_& m) {
         py::list copies;
         for (const PageCopy& copy : p.copies) copies.append(py::make_tuple(copy.group, copy.src, copy.dst));
         return copies;
+      })
+      .def_property_readonly("num_masked", [](const PackedPlan& p) { return p.masked.size(); })
+      .def_property_readonly("masked", [](const PackedPlan& p) {
+        py::list masked;
+        for (const MaskedLogitRow& m : p.masked) {
+          masked.append(py::make_tuple(m.logit_row, m.row, m.gen, m.position, m.query));
+        }
+        return masked;
       });
 
+  py::class_<PackedMasks>(m, "PackedMasks")
+      .def_readonly("num_bytes", &PackedMasks::num_bytes)
+      .def_readonly("num_held", &PackedMasks::num_held)
+      .def_readonly("num_masks", &PackedMasks::num_masks)
+      .def_readonly("mask_index", &PackedMasks::mask_index)
+      .def_readonly("masks", &PackedMasks::masks);
+
+  const auto writeable = [](py::array& out) -> std::span<uint8_t> {
+    SAPWOOD_REQUIRE(IsBytes(out) && out.writeable(), "out must be a writeable, contiguous uint8 array, got ",
+                    std::string(py::str(out.dtype())), " of ", out.ndim(), " dimensions");
+    return {static_cast<uint8_t*>(out.mutable_data()), static_cast<size_t>(out.size())};
+  };
   py::class_<PlanPacker>(m, "PlanPacker")
-      .def(py::init<std::vector<KvGroup>, int32_t, int32_t, int32_t>(), py::arg("groups"), py::arg("max_rows"),
-           py::kw_only(), py::arg("max_pages"), py::arg("max_stop_ids"))
+      .def(py::init<std::vector<KvGroup>, int32_t, int32_t, int32_t, int32_t>(), py::arg("groups"), py::arg("max_rows"),
+           py::kw_only(), py::arg("max_pages"), py::arg("max_stop_ids"), py::arg("vocab_size"))
       .def("bytes_needed", &PlanPacker::BytesNeeded, py::arg("plan"))
       .def_property_readonly("result_bytes", &PlanPacker::ResultBytes)
       .def(
           "pack",
-          [](PlanPacker& packer, const StepPlan& plan, py::array& out) {
-            SAPWOOD_REQUIRE(IsBytes(out) && out.writeable(), "out must be a writeable, contiguous uint8 array, got ",
-                            std::string(py::str(out.dtype())), " of ", out.ndim(), " dimensions");
-            return packer.Pack(plan, {static_cast<uint8_t*>(out.mutable_data()), static_cast<size_t>(out.size())});
+          [writeable](PlanPacker& packer, const StepPlan& plan, py::array& out) {
+            return packer.Pack(plan, writeable(out));
           },
           py::arg("plan"), py::arg("out"))
+      .def(
+          "post_mask",
+          [](PlanPacker& packer, int32_t row, uint32_t gen, int64_t position, const MaskWords& bits) {
+            packer.PostMask(row, gen, position, View(bits));
+          },
+          py::arg("row"), py::arg("gen"), py::arg("position"), py::arg("bits"))
+      .def("masks_posted", &PlanPacker::MasksPosted, py::arg("packed"))
+      .def("mask_bytes", &PlanPacker::MaskBytes, py::arg("packed"))
+      .def(
+          "pack_masks",
+          [writeable](PlanPacker& packer, const PackedPlan& packed, py::array& out) {
+            return packer.PackMasks(packed, writeable(out));
+          },
+          py::arg("packed"), py::arg("out"))
+      .def("drop_masks", &PlanPacker::DropMasks, py::arg("plan"), py::arg("result"))
+      .def_property_readonly("num_masks", &PlanPacker::num_masks)
       .def(
           "shared_prefixes",
           [](const PlanPacker& packer, const StepPlan& plan, int64_t chunk_len) {

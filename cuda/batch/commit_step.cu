@@ -1,6 +1,6 @@
 // The end of a step: each live item's token goes to its row and into the result, as RowTable::CommitSample and
-// FinishStep. One block, a thread per item. A step that has failed ends the rows that its plan names instead, as the
-// executor of cpp/program/ does: their KV may be half written.
+// FinishStep; one whose mask was late has none, its row is held. One block, a thread per item. A step that has failed
+// ends the rows that its plan names instead, as the executor of cpp/program/ does: their KV may be half written.
 #include <cstdint>
 
 #include "batch/rows.cuh"
@@ -17,13 +17,21 @@ __device__ SapwoodStepResultItem Commit(const SapwoodCommitStepParams& p, const 
   SapwoodStepResultItem out = {0, 0, -1, __int_as_float(0x7fc00000)};
   const int index = p.page_rows[i];
   if (index == state.max_rows) {
-    out.flags = kSkipped;
+    const SapwoodPlanItem& item = Array<SapwoodPlanItem>(&blob, blob.items)[i];
+    const SapwoodRow& row = state.rows[item.row];
+    const bool waits = row.alive != 0 && row.gen == item.gen;  // the step has no error: the row is held
+    out.flags = waits ? kSkipped | kHeld : kSkipped;
     return out;
   }
   const int32_t* logit_indptr = Array<int32_t>(&blob, blob.logit_indptr);
   const int last = logit_indptr[i + 1] - 1;
   if (last < logit_indptr[i]) return out;
   SapwoodRow* row = &state.rows[index];
+  if (p.mask_index != nullptr && p.mask_index[last] == SAPWOOD_MASK_LATE) {
+    row->held = 1;
+    out.flags = kHeld;
+    return out;
+  }
   const bool bad = p.bad[last] != 0;
   const int32_t token = p.token[last];
   out.flags = TakeToken(row, state.stop_ids + static_cast<int64_t>(index) * state.max_stop_ids, token, bad);

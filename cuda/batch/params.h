@@ -14,6 +14,11 @@
  * Each is one launch of fixed size (prepare_step: two where there are many tokens), counts come from the blob: a graph
  * that holds them replays over other plans. row_ops runs for a plan without row ops too.
  *
+ * Held rows. A row whose grammar mask has not come when its token is to be drawn draws none and is held: its keys and
+ * values are written, the executor keeps the hidden state that its logit row was computed from (in a place of the row's
+ * own, behind the step's tokens). Its decode items, queued before the host knew, are as those of a row that has ended; a
+ * resume item, without queries, computes the logit row again from what is kept.
+ *
  * Rows that have ended. An item of a dead row, or of another generation than the row's, keeps its place among tokens,
  * segments and logit rows: the host, which lays them out, does not know yet. It is as padding is: its tokens are 0 at
  * position 0, write no K and V (slot -1), and see keys of the dummy row.
@@ -51,7 +56,7 @@ typedef struct {
   int32_t rope_mode;
   int32_t return_logprob;
   int32_t num_stop_ids;
-  int32_t reserved;
+  int32_t held; /* the token at position kv_len waits for its mask; last_token is in the KV */
   int32_t num_pages[SAPWOOD_CUDA_MAX_GROUPS]; /* entries of its page tables; what is behind them means nothing */
 } SapwoodRow;
 
@@ -86,12 +91,16 @@ SAPWOOD_CUDA_API int sapwood_cuda_row_ops(const SapwoodRowOpsParams* params, voi
  *     otherwise as a dead row's
  *   tokens that belong to no segment (beyond q_indptr[S']): as a dead row's; attention does not write their output
  *   logit rows L .. L' - 1, and those of dead rows: greedy, no log-probability, no bans; the former have logit_src 0
+ * A held row's decode is as a dead row's.
  * Elements beyond T', S', L' are not touched. */
 typedef struct {
   uint32_t struct_size;
   int32_t num_padded_tokens;     /* T', >= 1 */
   int32_t num_padded_segments;   /* S', 1 .. 16384 */
   int32_t num_padded_logit_rows; /* L', >= 0: 0 allows the arrays of logit rows to be null */
+  int32_t kept_begin;            /* where the hidden state kept of row 0 is, counted as query tokens are; those of the
+                                  * others follow */
+  int32_t reserved;
   SapwoodRowState state;
   const SapwoodPlanBlob* blob;
   SapwoodStepResultBlock* result; /* as row_ops left it */
@@ -105,7 +114,7 @@ typedef struct {
   int32_t* kv_lens;   /* [S'] after this step */
   int32_t* page_rows; /* [S'] the item's row, max_rows where that is dead */
 
-  int32_t* logit_src;  /* [L'] as all below: the query token whose hidden state feeds the logit row */
+  int32_t* logit_src;  /* [L'] as all below: the query token whose hidden state feeds the logit row, or kept_begin + row */
   int32_t* logit_rows; /* its row, or max_rows */
   float* temperature;  /* from here on as cuda/sampling/params.h has them */
   int32_t* top_k;
@@ -122,8 +131,8 @@ typedef struct {
 
 SAPWOOD_CUDA_API int sapwood_cuda_prepare_step(const SapwoodPrepareStepParams* params, void* stream);
 
-/* As RowTable::CommitSample and FinishStep: a live item with logit rows takes the token of its last one. Without error
- * the result's items are complete after this, with one they mean nothing. */
+/* As RowTable::CommitSample and FinishStep: a live item with logit rows takes the token of its last one, or is held.
+ * Without error the result's items are complete after this, with one they mean nothing. */
 typedef struct {
   uint32_t struct_size;
   int32_t reserved;
@@ -134,6 +143,8 @@ typedef struct {
   const int32_t* token;     /* [L] as sample wrote them; not read where the plan has no logit rows */
   const float* logprob;
   const int32_t* bad;
+  const int32_t* mask_index; /* [L] as sample read it; SAPWOOD_MASK_LATE: the row is held, nothing was drawn for it. Null:
+                              * no row is */
 } SapwoodCommitStepParams;
 
 SAPWOOD_CUDA_API int sapwood_cuda_commit_step(const SapwoodCommitStepParams* params, void* stream);

@@ -6,15 +6,16 @@
  *
  * The blob: this header, then seven arrays, each at the byte offset that the header names, a multiple of 16. Kinds and
  * flags have the numbers of cpp/batch/plan.h. What a kernel may rely on, because the packer has checked it: rows are
- * 0 .. max_rows - 1, groups exist, ranges lie within their arrays, an item's row is no other item's, kinds are extend
- * or decode, 1 <= q_len <= max_pages * page_size, forced tokens are some, no length is negative. */
+ * 0 .. max_rows - 1, groups exist, ranges lie within their arrays, an item's row is no other item's, kinds are extend,
+ * decode or resume, 1 <= q_len <= max_pages * page_size (0 of a resume), forced tokens are some, no length is
+ * negative. */
 #ifndef SAPWOOD_CUDA_BATCH_PLAN_BLOB_H_
 #define SAPWOOD_CUDA_BATCH_PLAN_BLOB_H_
 
 #include <stdint.h>
 
 /* Raised whenever something below changes: _core and libsapwood_cuda.so are built apart. */
-enum { SAPWOOD_PLAN_BLOB_FORMAT = 1 };
+enum { SAPWOOD_PLAN_BLOB_FORMAT = 2 };
 
 enum {
   SAPWOOD_ROW_OP_INIT = 0,
@@ -23,7 +24,10 @@ enum {
   SAPWOOD_ROW_OP_TRUNCATE = 3,
   SAPWOOD_ROW_OP_FREE = 4
 };
-enum { SAPWOOD_ITEM_EXTEND = 0, SAPWOOD_ITEM_DECODE = 1 };
+enum { SAPWOOD_ITEM_EXTEND = 0, SAPWOOD_ITEM_DECODE = 1, SAPWOOD_ITEM_RESUME = 4 };
+
+/* In place of a logit row's mask: it has not come, the row is held (params.h). */
+enum { SAPWOOD_MASK_LATE = -2 };
 
 typedef struct {
   uint32_t format; /* SAPWOOD_PLAN_BLOB_FORMAT */
@@ -77,7 +81,8 @@ typedef struct {
   uint32_t gen;
   int32_t kind;
   int32_t q_len;
-  int32_t logit_from;  /* first query token that yields a logit row; 0 of a decode, q_len for none */
+  int32_t logit_from;  /* first query token that yields a logit row; 0 of a decode, q_len for none, -1 of a resume: its
+                        * logit row is that of the row's newest token, which an earlier step computed */
   int32_t token_begin; /* extend: in tokens */
   int64_t kv_len;      /* extend: expected before the step */
 } SapwoodPlanItem;
@@ -94,7 +99,8 @@ enum {
   SAPWOOD_STEP_KV_LEN = 6,          /* item `index`: the row's kv_len is `value` */
   SAPWOOD_STEP_PAGES_SHORT = 7,     /* item `index`: the row's table in group `group` has `value` pages */
   SAPWOOD_STEP_PAGE_MISSING = 8,    /* item `index`: no page for position `value` in group `group` */
-  SAPWOOD_STEP_PADDING = 9          /* more of something than the launch has room for */
+  SAPWOOD_STEP_PADDING = 9,         /* more of something than the launch has room for */
+  SAPWOOD_STEP_HELD = 10            /* item `index`: a resume of a row that is not held (`value` 0), or the row is (1) */
 };
 
 /* The block: this header, at byte 64 SapwoodStepResultItem [num_items], in the plan's order. */

@@ -77,10 +77,15 @@ __device__ void PrepareItems(const SapwoodPrepareStepParams& p) {
       item = items[i];
       row = &state.rows[item.row];
       live = !lost && row->alive != 0 && row->gen == item.gen;
+      // Queued before the host knew that the token it was to feed would not be drawn.
+      if (live && row->held != 0 && item.kind == SAPWOOD_ITEM_DECODE) live = false;
     }
     if (live) {
       const int64_t kv_len = row->kv_len;
-      if (item.kind == SAPWOOD_ITEM_EXTEND && item.kv_len != kv_len) {
+      if ((item.kind == SAPWOOD_ITEM_RESUME) != (row->held != 0)) {
+        error.Note(i, SAPWOOD_STEP_HELD, i, 0, row->held);
+        live = false;
+      } else if (item.kind == SAPWOOD_ITEM_EXTEND && item.kv_len != kv_len) {
         error.Note(i, SAPWOOD_STEP_KV_LEN, i, 0, kv_len);
         live = false;
       }
@@ -94,6 +99,7 @@ __device__ void PrepareItems(const SapwoodPrepareStepParams& p) {
         end = begin + item.q_len;
       }
     }
+    // Of a resume, which has no position of its own, that is the page of its newest token, or none.
     const int first_page = begin / page_size, last_page = live ? (end - 1) / page_size : first_page;
     for (int group = 0; live && first_page == last_page && group < state.num_groups; ++group) {
       if (PageTable(state, group, item.row)[first_page] >= 0) continue;
@@ -121,7 +127,7 @@ __device__ void PrepareItems(const SapwoodPrepareStepParams& p) {
     if (live) {
       row->kv_len = end;
       my_tokens += item.q_len;
-      my_kv += end;
+      if (item.q_len > 0) my_kv += end;
       my_logit_rows += item.q_len - item.logit_from;
     }
   }
@@ -193,7 +199,7 @@ __device__ void PrepareLogitRow(const SapwoodPrepareStepParams& p, int l, const 
     const int i = RangeOf(logit_indptr, counts.items, l);
     const SapwoodPlanItem& item = Array<SapwoodPlanItem>(p.blob, p.blob->items)[i];
     const int query = item.logit_from + l - logit_indptr[i];
-    src = p.q_indptr[i] + query;
+    src = item.kind == SAPWOOD_ITEM_RESUME ? p.kept_begin + item.row : p.q_indptr[i] + query;
     row_index = p.page_rows[i];
     if (row_index != state.max_rows) {
       row = state.rows[row_index];
@@ -261,6 +267,8 @@ int sapwood_cuda_prepare_step(const SapwoodPrepareStepParams* params, void* stre
   SAPWOOD_CUDA_REQUIRE(p.tokens && p.positions && p.rope_modes && p.q_indptr && p.kv_lens && p.page_rows,
                        "prepare_step: tokens, positions, rope_modes, q_indptr, kv_lens and page_rows must not be "
                        "null");
+  SAPWOOD_CUDA_REQUIRE(p.kept_begin >= 0 && p.kept_begin <= INT32_MAX - p.state.max_rows,
+                       "prepare_step: kept_begin must be in 0..%d, got %d", INT32_MAX - p.state.max_rows, p.kept_begin);
   for (int group = 0; group < p.state.num_groups; ++group) {
     SAPWOOD_CUDA_REQUIRE(p.slots[group] != nullptr, "prepare_step: slots[%d] must not be null", group);
   }

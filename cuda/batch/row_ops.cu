@@ -58,11 +58,13 @@ __device__ __forceinline__ void ApplyRowOp(const SapwoodRowOpsParams& p, const S
       error->Note(at, SAPWOOD_STEP_FORCED_POSITION, op.row, 0, kv_len);
     } else if (lane == 0) {
       row->last_token = ints[op.begin + op.count - 1];
+      row->held = 0;  // what it waited to draw has been given
     }
   } else {
     if (op.value > kv_len) {
       error->Note(at, SAPWOOD_STEP_TRUNCATE, op.row, 0, kv_len);
     } else if (lane == 0) {
+      if (op.value < kv_len) row->held = 0;  // the hidden state that is kept is no longer the row's last
       row->kv_len = op.value;
     }
   }

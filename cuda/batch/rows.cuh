@@ -13,7 +13,7 @@ namespace sapwood_cuda {
 constexpr int kMaxRows = 16383;  // and one segment of padding: attention_plan takes 16384
 
 // The numbers of cpp/batch/plan.h: ResultFlags.
-enum : int32_t { kFinishedStop = 1, kFinishedLength = 2, kBadLogits = 8, kSkipped = 16 };
+enum : int32_t { kFinishedStop = 1, kFinishedLength = 2, kHeld = 4, kBadLogits = 8, kSkipped = 16 };
 
 // An array of the blob, by the byte offset that its header gives.
 template <typename T>
@@ -64,11 +64,13 @@ __host__ __device__ inline void InitRow(const SapwoodPlanInit& init, uint32_t ge
   row->rope_mode = init.rope_mode;
   row->return_logprob = init.return_logprob;
   row->num_stop_ids = init.stop_count;
+  row->held = 0;
   for (int32_t& num_pages : row->num_pages) num_pages = 0;
 }
 
 // A token was drawn for a live row, after its kv_len advanced. Returns result flags.
 __host__ __device__ inline int32_t TakeToken(SapwoodRow* row, const int32_t* stop_ids, int32_t token, bool bad) {
+  row->held = 0;
   if (bad) {
     row->alive = 0;
     return kBadLogits;

@@ -41,7 +41,8 @@ typedef struct {
   const int32_t* want_logprob;     /* 0: logprob[r] is NaN */
   const uint32_t* mask;            /* null, or [num_mask_rows][mask_stride]: bit i % 32 of word i / 32 is token i */
   int64_t mask_stride;             /* words between rows of mask, >= ceil(vocab / 32) */
-  const int32_t* mask_index;       /* [num_rows]: the row of mask, -1 for none; null without mask */
+  const int32_t* mask_index;       /* [num_rows]: the row of mask, -1 for none; null without mask. Another is
+                                    * a cheap way to draw nothing */
   const int32_t* banned_indptr;    /* null: no bans. CSR */
   const int32_t* banned_ids;       /* in any order */
   const int32_t* occurred_indptr;  /* null: no penalties. CSR: the tokens that occurred in a row's prompt or output */

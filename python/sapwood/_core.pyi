@@ -230,8 +230,11 @@ class RowTable:
     # page_tables: [group][segment] int32 arrays; copies: list of (group, src, dst); skipped_items: list[int];
     # sampling: dict of [L] arrays by their names in cuda/sampling/params.h
     def sample(self, plan: StepPlan, prepared: dict[str, Any], logits: np.ndarray) -> StepResult: ...  # f32 [L, vocab]
-    # The same with what another sampler drew: int32, f32, int32 [L]. Not for plans with mask_rows.
-    def commit(self, plan: StepPlan, tokens: np.ndarray, logprobs: np.ndarray, bad: np.ndarray) -> StepResult: ...
+    # The same with what another sampler drew: int32, f32, int32 [L]. held: bool [L], of a plan with mask_rows: whose
+    # masks were late.
+    def commit(
+        self, plan: StepPlan, tokens: np.ndarray, logprobs: np.ndarray, bad: np.ndarray, held: np.ndarray = ...
+    ) -> StepResult: ...
     @staticmethod
     def fail(plan: StepPlan, error: str) -> StepResult: ...  # the result of a step that raised: no items, only why
 
@@ -248,15 +251,37 @@ class PackedPlan:
     any_logprob: bool
     any_banned: bool
     q_lens: np.ndarray  # int32 [num_items]
-    kv_bounds: np.ndarray  # int64 [num_items]: kv_len after the step if the row is alive, else the device has q_len
+    # int64 [num_items]: of those with queries, kv_len after the step if the row is alive and not held; else the device
+    # has q_len
+    kv_bounds: np.ndarray
     copies: list[tuple[int, int, int]]  # group, src, dst
+    num_masked: int
+    # (logit row, row, gen, position, query token or -1) of those that draw under masks
+    masked: list[tuple[int, int, int, int, int]]
+
+# See cpp/batch/plan_packer.h. mask_index, masks: byte offsets.
+class PackedMasks:
+    num_bytes: int
+    num_held: int
+    num_masks: int
+    mask_index: int
+    masks: int
 
 class PlanPacker:
-    def __init__(self, groups: Sequence[KvGroup], max_rows: int, *, max_pages: int, max_stop_ids: int) -> None: ...
+    def __init__(
+        self, groups: Sequence[KvGroup], max_rows: int, *, max_pages: int, max_stop_ids: int, vocab_size: int
+    ) -> None: ...
     result_bytes: int  # of any plan's result block
     def bytes_needed(self, plan: StepPlan) -> int: ...
     # out: writeable uint8 [>= bytes_needed]. A bad plan raises, and has failed then.
     def pack(self, plan: StepPlan, out: np.ndarray) -> PackedPlan: ...
+    def post_mask(self, row: int, gen: int, position: int, bits: Mask) -> None: ...  # as Executor.post_mask
+    def masks_posted(self, packed: PackedPlan) -> bool: ...  # but for those of rows that have ended
+    # Of the plan packed last, once, when its tokens are drawn: whose mask is not there is held.
+    def mask_bytes(self, packed: PackedPlan) -> int: ...
+    def pack_masks(self, packed: PackedPlan, out: np.ndarray) -> PackedMasks: ...
+    def drop_masks(self, plan: StepPlan, result: StepResult) -> None: ...  # of rows that have ended
+    num_masks: int  # that wait
     # Of the plan packed last, as find_shared_prefixes has them: decode items behind the same pages.
     def shared_prefixes(self, plan: StepPlan, chunk_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
     def fail(self, plan: StepPlan) -> None: ...  # it was not launched: its rows may not run again before an init

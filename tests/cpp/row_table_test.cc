@@ -419,6 +419,16 @@ TEST(MaskTableTest, MasksGoWithWhatTheyAreFor) {
   EXPECT_FALSE(there(4, 6));
   masks.Begin(0, 5);
   EXPECT_TRUE(there(5, 1));
+  masks.End(0, 4);  // heard of late
+  post(4, 6);
+  EXPECT_TRUE(there(5, 1) && !there(4, 6));
+  masks.Begin(0, 6);
+  masks.End(0, 6);
+  masks.End(0, 5);  // after one that came later
+  post(6, 1);
+  EXPECT_EQ(masks.size(), 0u);
+  masks.Begin(0, 5);
+  post(5, 1);
   masks.Drawn(0, 5, 1);
   EXPECT_EQ(masks.size(), 0u);
 

@@ -52,6 +52,7 @@ class ChecksumAttention:
     """Of an AttentionBackend, what the host tells the device of a step."""
 
     in_graphs = True
+    told_bytes = 0
 
     def __init__(self, page_size: int) -> None:
         self.shared_chunk = 2 * page_size
@@ -60,8 +61,12 @@ class ChecksumAttention:
     def fits_graph(self, lens: StepLens) -> bool:
         return True
 
-    def load(self, lens: StepLens) -> None:
+    def write(self, lens: StepLens, out: Any) -> int:
         self.lens = lens
+        return 0
+
+    def load(self, told: torch.Tensor) -> None:
+        pass
 
     def begin(self, shape: StepShape, lens: StepLens | None) -> None:
         pass
@@ -74,6 +79,8 @@ class ChecksumModel:
     fail_every   > 0: every fail_every-th step fails, in turns in the ways of FAILURES, beginning with first_failure
     stall_seed   not 0: random stalls of up to stall_us, of the launching thread and of the device
     """
+
+    kept_begin = 0  # there are no masks, so no row is held
 
     def __init__(
         self,
@@ -278,6 +285,7 @@ def start(
         max_stop_ids=cuda.MAX_STOP_IDS,
         max_tokens=max_tokens,
         blob_bytes=max_blob_bytes(max_rows, max_pages, max_tokens, len(groups), cuda.MAX_STOP_IDS),
+        vocab_size=vocab_size,
         device=name,
         library=library,
         stream=stream,
@@ -296,5 +304,7 @@ def start(
         event_fd,
         lambda: cuda._record_event(stream),
     )
-    packer = _core.PlanPacker(groups, max_rows, max_pages=max_pages, max_stop_ids=cuda.MAX_STOP_IDS)
+    packer = _core.PlanPacker(
+        groups, max_rows, max_pages=max_pages, max_stop_ids=cuda.MAX_STOP_IDS, vocab_size=vocab_size
+    )
     return CudaExecutor(launcher, rows, packer, completion, event_fd, stream, trace_capacity=config.trace_capacity)

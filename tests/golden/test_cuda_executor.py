@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import types
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from golden_checkpoints import TINY, Built, build, hf_logits, log_softmax, prompts_of
 from golden_driver import Driver
+from golden_flashinfer import install
 
 from sapwood.errors import InvalidRequest, MissingExtra
 from sapwood.program import cuda, cuda_attention
@@ -146,48 +145,9 @@ def test_deterministic_inference_is_bitwise(built: Built) -> None:
             assert one.tokens == two.tokens and one.logprobs == two.logprobs
 
 
-class PagedPrefill:
-    """FlashInfer's BatchPrefillWithPagedKVCacheWrapper as its documentation has it, in torch."""
-
-    def __init__(self, workspace: torch.Tensor, kv_layout: str) -> None:
-        assert kv_layout == "HND" and workspace.dtype == torch.uint8
-
-    def plan(
-        self, qo_indptr: torch.Tensor, paged_kv_indptr: torch.Tensor, paged_kv_indices: torch.Tensor,
-        paged_kv_last_page_len: torch.Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, page_size: int,
-        *, causal: bool, sm_scale: float, window_left: int, logits_soft_cap: float | None, q_data_type: torch.dtype,
-        kv_data_type: torch.dtype,
-    ) -> None:  # fmt: skip
-        assert causal and q_data_type == kv_data_type == torch.bfloat16 and logits_soft_cap is None
-        for tensor in (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len):
-            assert tensor.dtype == torch.int32
-        self.segments = []
-        for s in range(len(qo_indptr) - 1):
-            pages = paged_kv_indices[paged_kv_indptr[s] : paged_kv_indptr[s + 1]].long()
-            kv_len = (len(pages) - 1) * page_size + int(paged_kv_last_page_len[s])
-            self.segments.append((int(qo_indptr[s]), int(qo_indptr[s + 1]), pages, kv_len))
-        self.shape, self.scale, self.window_left = (num_qo_heads, num_kv_heads, head_dim_qk), sm_scale, window_left
-
-    def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor, *, out: torch.Tensor) -> None:
-        heads, kv_heads, dim = self.shape
-        assert q.shape == out.shape == (self.segments[-1][1], heads, dim)
-        for begin, end, pages, kv_len in self.segments:
-            k, v = paged_kv_cache[pages].float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :kv_len]
-            scores = torch.einsum("qhgd,hkd->hgqk", q[begin:end].float().unflatten(1, (kv_heads, -1)), k) * self.scale
-            position = torch.arange(kv_len - (end - begin), kv_len)[:, None]
-            seen = torch.arange(kv_len) <= position
-            if self.window_left >= 0:
-                seen &= torch.arange(kv_len) >= position - self.window_left
-            out[begin:end] = torch.einsum(
-                "hgqk,hkd->qhgd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v
-            ).flatten(1, 2).bfloat16()  # fmt: skip
-
-
 @named("qwen3-mixed")
 def test_flashinfer_is_planned_as_it_expects(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("flashinfer")
-    module.BatchPrefillWithPagedKVCacheWrapper = PagedPrefill  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    install(monkeypatch)
     with pytest.raises(InvalidRequest, match=r"kernels for head_dim \(64, 128, 256\), this model has 16"):
         Driver(built.bf16_dir, device="cuda", attention_backend="flashinfer")
     monkeypatch.setattr(cuda_attention.FlashInferAttention, "HEAD_DIMS", (16,))

@@ -95,6 +95,8 @@ def test_the_state_is_looked_at(emulated: CudaLibrary, op: str, changes: dict[st
         ({"num_padded_segments": 16385}, "num_padded_segments must be in 1..16384, got 16385"),
         ({"num_padded_logit_rows": -1}, "num_padded_logit_rows must be in 0..357913941, got -1"),
         ({"num_padded_logit_rows": 357913942}, "num_padded_logit_rows must be in 0..357913941, got 357913942"),
+        ({"kept_begin": -1}, "kept_begin must be in 0..2147483643, got -1"),
+        ({"kept_begin": 2**31 - 4}, "kept_begin must be in 0..2147483643, got 2147483644"),
         ({"slots": tables(64)}, "slots[1] must not be null"),
         ({"banned_ids": None}, "banned_indptr and banned_ids must not be null"),
         ({"banned_indptr": None}, "banned_indptr and banned_ids must not be null"),

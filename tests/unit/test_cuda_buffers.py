@@ -8,11 +8,14 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 from sapwood.models import registry
 from sapwood.models.config import HfConfig
 from sapwood.program.cuda_executor import runs_between_attention, segments
 from sapwood.program.cuda_graphs import RUN_BUCKETS, bucket_of, decode_buckets, run_buckets
-from sapwood.program.cuda_model import plan_buffers, scratch_cols
+from sapwood.program.cuda_model import FIXED_ROWS, CudaModel, plan_buffers, scratch_cols
+from sapwood.program.cuda_rows import DeviceRows, StepShape
 from sapwood.program.ir import Program, T
 
 
@@ -55,6 +58,31 @@ def test_layers_share_buffers(program: Program) -> None:
     assert sum(plan.of_tokens) <= 5
     largest = 4 * 64 + 4 * 64 + 2 * 192 + 2 * 96 + 2 * 64
     assert sum(n for n, of_tokens in zip(plan.row_bytes, plan.of_tokens, strict=True) if of_tokens) <= largest
+
+
+def test_nothing_that_a_step_computes_reaches_what_is_kept_of_held_rows(program: Program) -> None:
+    rows = DeviceRows(
+        1, max_rows=5, page_size=16, max_pages=4, max_stop_ids=0, max_tokens=70, blob_bytes=64, vocab_size=100,
+        device="cpu", library=None, stream=None,  # type: ignore[arg-type]
+    )  # fmt: skip
+    weights = [torch.zeros(slot.shape) for slot in program.slots]
+    model = CudaModel(program, weights, rows, max_tokens=70, library=None, stream=None)  # type: ignore[arg-type]
+    largest = StepShape(FIXED_ROWS, FIXED_ROWS, FIXED_ROWS)
+    (gathered,) = [node.inputs[0] for node in program.nodes if node.op == "gather_logit_rows"]
+    hidden = model.value(gathered, largest)
+    hidden.copy_(torch.randn(hidden.shape))
+    kept = hidden[[127, 0, 69]].clone()
+    model.keep_hidden(torch.tensor([127, 0, 69]), torch.tensor([4, 1, 0]))
+    for node in program.nodes:
+        if node.op != "sample":
+            model.value(node.outputs[0], largest).fill_(float("nan"))
+            if scratch_cols(node):
+                model._scratch(node, largest).fill_(float("nan"))
+    (gather,) = [node for node in program.nodes if node.op == "gather_logit_rows"]
+    rows.arrays.logit_src[:3] = model.kept_begin + torch.tensor([4, 1, 0])
+    shape = StepShape(1, 3, 3)
+    model.launch([gather], shape, None)  # type: ignore[arg-type]
+    assert torch.equal(model.value(gather.outputs[0], shape), kept)
 
 
 def test_runs_lie_between_attention_nodes(program: Program) -> None:

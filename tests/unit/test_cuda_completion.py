@@ -88,6 +88,25 @@ def test_a_host_function_reports_a_step(device: Device, event_fd: int) -> None:
     completion.close()
 
 
+@pytest.mark.parametrize("mode", ["host_function", "event"])
+def test_a_ticket_may_have_an_eventfd_of_its_own(device: Device, event_fd: int, mode: Any) -> None:
+    own = os.eventfd(0, os.EFD_NONBLOCK)
+    completion = watching(device, event_fd, grace_s=0.01, mode=mode)  # told by the thread, in both modes
+    ticket, of_step = completion.ticket(own), completion.ticket()
+    for each in (ticket, of_step):
+        completion.watch(each)
+    device.events[0].reached.set()
+    assert wait(own) == 1 and ticket.done_ns > 0 and of_step.done_ns == 0
+    if mode == "host_function":
+        assert [params.event_fd for params in device.host_functions] == [own, event_fd]
+    device.events[1].reached.set()
+    assert wait(event_fd) == 1 and of_step.done_ns > 0
+    completion.close()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(own)
+    os.close(own)
+
+
 def test_a_step_whose_host_function_never_comes_is_found(device: Device, event_fd: int) -> None:
     completion = watching(device, event_fd, grace_s=0.01)
     tickets = [completion.ticket() for _ in range(MAX_LATE + 1)]

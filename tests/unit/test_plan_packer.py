@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 
 
 def packer(**changes: int) -> Any:
-    sizes = {"max_rows": 4, "max_pages": 6, "max_stop_ids": 2, "page_size": 4} | changes
+    sizes = {"max_rows": 4, "max_pages": 6, "max_stop_ids": 2, "page_size": 4, "vocab_size": 40} | changes
     page_size = sizes.pop("page_size")
     groups = [_core.KvGroup("full", page_size=page_size), _core.KvGroup("window", window=6, page_size=page_size)]
     return _core.PlanPacker(groups, sizes.pop("max_rows"), **sizes)
@@ -77,7 +77,7 @@ def test_the_blob_is_what_was_asked_for_and_the_same_each_time() -> None:
         blobs.append(out[: packed.num_bytes].copy())
     assert np.array_equal(*blobs)
     header = struct.unpack("<IiqqiiiiiiiiiiiIII", blobs[0][:80].tobytes())
-    assert header[:8] == (1, len(blobs[0]), 3, 1, 3, 1, 3, 1)
+    assert header[:8] == (2, len(blobs[0]), 3, 1, 3, 1, 3, 1)
     for at in header[8:15]:
         assert at % 16 == 0 and 80 <= at <= len(blobs[0])
     names = ("row_ops", "inits", "ints", "items", "q_indptr", "logit_indptr", "tokens")
@@ -141,6 +141,10 @@ def two_items(writer: PlanWriter) -> None:
     writer.extend(1, 5, 6, [1]).decode(1, 4)
 
 
+def long_resume(writer: PlanWriter) -> None:
+    writer.items.append(Item(1, 5, 4, 1, 0, [], -1))
+
+
 def unknown_kind(writer: PlanWriter) -> None:
     writer.items.append(Item(1, 5, 2, 1, 0, [], -1))
 
@@ -157,6 +161,10 @@ def long_decode(writer: PlanWriter) -> None:
         (two_items, "item 1: row 1 has an item in this step already"),
         (unknown_kind, "item 0: verify is not supported"),
         (long_decode, "item 0: decode of 2 tokens"),
+        (long_resume, "item 0: resume of 1 tokens"),
+        (lambda w: w.resume(1, 5), "item 0: resume of row 1, which is not held"),
+        (lambda w: w.masked(4), "mask_rows names row 4 of 4"),
+        (lambda w: w.masked(-1), "mask_rows names row -1 of 4"),
         (lambda w: w.extend(1, 5, 6, []), "item 0: extend of 0 tokens"),
         (lambda w: w.extend(1, 5, 6, [1, 2], 3), "item 0: logit_from 3 of 2"),
         (lambda w: w.extend(1, 5, 6, [1, 2], -1), "item 0: logit_from -1 of 2"),
@@ -244,6 +252,7 @@ def test_the_buffer_must_be_plain_bytes(shape: tuple[int, ...]) -> None:
         ({"max_pages": 0}, "max_pages must be positive"),
         ({"max_pages": 2**29}, "below 2\\^31, got 536870912"),
         ({"max_stop_ids": -1}, "max_stop_ids must not be negative, got -1"),
+        ({"vocab_size": 0}, "vocab_size must be positive, got 0"),
     ],
 )
 def test_sizes_are_looked_at(changes: dict[str, int], said: str) -> None:
@@ -253,11 +262,139 @@ def test_sizes_are_looked_at(changes: dict[str, int], said: str) -> None:
 
 def test_groups_are_looked_at() -> None:
     with pytest.raises(InvalidRequest, match="groups must not be empty"):
-        _core.PlanPacker([], 1, max_pages=1, max_stop_ids=0)
+        _core.PlanPacker([], 1, max_pages=1, max_stop_ids=0, vocab_size=1)
     with pytest.raises(InvalidRequest, match="all groups must have one positive page_size, got 8 beside 4"):
         _core.PlanPacker(
-            [_core.KvGroup("full", page_size=4), _core.KvGroup("full", page_size=8)], 1, max_pages=1, max_stop_ids=0
-        )
+            [_core.KvGroup("full", page_size=4), _core.KvGroup("full", page_size=8)], 1, max_pages=1, max_stop_ids=0,
+            vocab_size=1,
+        )  # fmt: skip
+
+
+# --- Masks
+
+WORDS = np.array([0x80000001, 5], np.uint32)
+
+
+def masks_of(on: Any, packed: Any) -> tuple[list[int], list[int], list[int], list[list[int]]]:
+    """Query tokens and rows that are held now, the index of masks, and those."""
+    out = np.full(on.mask_bytes(packed), 0x5A, np.uint8)
+    block = on.pack_masks(packed, out)
+    queries, rows = out[: 16 * block.num_held].view(np.int64).reshape(2, -1).tolist()
+    index = out[block.mask_index : block.masks].view(np.int32).tolist()
+    words = out[block.masks : block.num_bytes].view(np.uint32).reshape(-1, 2).tolist()
+    assert block.num_masks == len(words) and (out[block.num_bytes :] == 0x5A).all()
+    return queries, rows, index, words
+
+
+def test_masks_are_asked_for_at_the_newest_position_of_rows_that_draw() -> None:
+    on, writer = begun()
+    writer.extend(3, 9, 0, [4, 4, 4], 2)  # nobody's row: padding, and in its place a logit row
+    pages(writer.init(2, 6), 2, 6, 2).extend(2, 6, 0, [1, 2], 2)  # draws nothing
+    writer.extend(1, 5, 6, [7, 8], 0).masked(1, 2, 3, 0)
+    packed = pack(on, writer)
+    assert packed.masked == [(2, 1, 5, 8, 6)] and packed.num_masked == 1
+    assert not on.masks_posted(packed)
+    for stale in ((1, 4, 8), (1, 5, 7), (2, 5, 8)):
+        on.post_mask(*stale, WORDS)
+        assert not on.masks_posted(packed)
+    on.post_mask(1, 5, 8, WORDS)
+    assert on.masks_posted(packed)
+    assert masks_of(on, packed) == ([], [], [-1, -1, 0], [WORDS.tolist()])
+    # Drawn under, it is gone, and with it those before.
+    assert on.num_masks == 2
+    assert pack(on, PlanWriter(3).init(0, 3)).masked == []
+
+
+def test_a_late_mask_holds_its_row_until_it_is_resumed() -> None:
+    on, writer = begun()
+    packed = pack(on, writer.extend(1, 5, 6, [7], 0).masked(1))
+    assert packed.masked == [(0, 1, 5, 7, 0)] and masks_of(on, packed) == ([0], [1], [-2], [])
+    # What has been planned on top, as if the row had ended; it awaits no mask.
+    for step_id in (3, 4):
+        packed = pack(on, PlanWriter(step_id).decode(1, 5).masked(1))
+        assert packed.kv_bounds.tolist() == [1] and packed.masked == [] and packed.num_logit_rows == 1
+    # Resumed: no token, a logit row, the position that was held; too early, it is held again.
+    packed = pack(on, PlanWriter(5).resume(1, 5).masked(1))
+    assert (packed.num_tokens, packed.num_logit_rows, packed.max_kv_bound) == (0, 1, 0)
+    assert packed.q_lens.tolist() == packed.kv_bounds.tolist() == [0]
+    assert packed.masked == [(0, 1, 5, 7, -1)] and masks_of(on, packed) == ([], [], [-2], [])
+    assert pack(on, PlanWriter(6).decode(1, 5)).kv_bounds.tolist() == [1]
+    on.post_mask(1, 5, 7, WORDS)
+    packed = pack(on, PlanWriter(7).resume(1, 5).masked(1))
+    assert masks_of(on, packed) == ([], [], [0], [WORDS.tolist()])
+    assert pack(on, PlanWriter(8).decode(1, 5)).kv_bounds.tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    ("change", "kv_bound"),
+    [
+        (lambda w: w.op(FORCE, 1, 5, ids=[3], value=7), 8),
+        (lambda w: w.op(TRUNCATE, 1, 5, value=7), 1),  # to where it is: held
+        (lambda w: w.op(TRUNCATE, 1, 5, value=4), 5),
+        (lambda w: pages(w.init(1, 5, 3), 1, 5, 1), 4),
+        (lambda w: w.op(FREE, 1, 4), 1),
+    ],
+)
+def test_what_ends_a_hold(change: Callable[[PlanWriter], Any], kv_bound: int) -> None:
+    on, writer = begun()
+    packed = pack(on, writer.extend(1, 5, 6, [7], 0).masked(1))
+    masks_of(on, packed)
+    writer = PlanWriter(3)
+    change(writer)
+    assert pack(on, writer.decode(1, 5).masked(1)).kv_bounds.tolist() == [kv_bound]
+
+
+def test_held_rows_share_no_prefix() -> None:
+    on = packer()
+    writer = PlanWriter(1)
+    for row in range(3):
+        pages(writer.init(row, 1), row, 1, 4).extend(row, 1, 0, [1] * 9, 8).masked(row)
+    for row in (0, 1):
+        on.post_mask(row, 1, 9, WORDS)
+    assert masks_of(on, pack(on, writer))[1] == [2]
+    plan = PlanWriter(2).decode(0, 1).decode(1, 1).decode(2, 1).build()
+    on.pack(plan, np.zeros(on.bytes_needed(plan), np.uint8))
+    indptr, segments, lens = on.shared_prefixes(plan, 4)
+    assert (indptr.tolist(), sorted(segments.tolist()), lens.tolist()) == ([0, 2], [0, 1], [8])
+
+
+def test_masks_of_rows_that_have_ended_are_dropped() -> None:
+    on, writer = begun()
+    plan = pages(writer.init(2, 6).init(3, 7), 2, 6, 2).extend(1, 5, 6, [7], 0).extend(2, 6, 0, [1], 0).build()
+    on.pack(plan, np.zeros(on.bytes_needed(plan), np.uint8))
+
+    def left() -> list[int]:
+        """Of rows 1 to 3, each posted now or before."""
+        for row, gen in ((1, 5), (2, 6), (3, 7)):
+            on.post_mask(row, gen, 90, WORDS)
+        return on.num_masks
+
+    assert left() == 3
+    going_on = [(0, 1, 4, 0.0), (4, 0, -1, 0.0)]
+    on.drop_masks(plan, _core.finish_packed(plan, block(2, going_on)))
+    assert left() == 3
+    for flags, count in ((1, 2), (2, 2), (8, 2)):
+        again, writer = begun()
+        again.pack(plan, np.zeros(again.bytes_needed(plan), np.uint8))
+        again.drop_masks(plan, _core.finish_packed(plan, block(2, [(0, 1, 4, 0.0), (flags, 0, -1, 0.0)])))
+        on = again
+        assert left() == count
+    on.drop_masks(plan, _core.RowTable.fail(plan, "lost"))  # also of row 3, which only its init names
+    assert left() == 0
+    pack(on, PlanWriter(3).init(1, 8).op(FREE, 1, 8))
+    on.post_mask(1, 8, 3, WORDS)
+    assert on.num_masks == 0
+
+
+def test_masks_are_packed_once_and_in_order() -> None:
+    on, writer = begun()
+    old = pack(on, writer.extend(1, 5, 6, [7], 0).masked(1))
+    new = pack(on, PlanWriter(3).decode(1, 5))
+    with pytest.raises(InvalidRequest, match="masks are of packing 2, the last was 3"):
+        on.pack_masks(old, np.zeros(99, np.uint8))
+    needed = on.mask_bytes(new)
+    with pytest.raises(InvalidRequest, match=f"out must have room for {needed} bytes, got {needed - 1}"):
+        on.pack_masks(new, np.zeros(needed - 1, np.uint8))
 
 
 # --- Failed steps
@@ -324,6 +461,7 @@ def test_a_result_block_becomes_a_result() -> None:
         (6, 1, "item 1 (extend of row 2): expects kv_len 9, the row has 70"),
         (7, 0, "item 0 (decode of row 1): its page table in group 1 has only 70 pages"),
         (8, 1, "item 1 (extend of row 2): no page for position 70 in group 1"),
+        (10, 1, "item 1 (extend of row 2): the row is held"),
         (9, 0, "launched with room for fewer tokens, segments or logit rows than it has"),
         (99, 0, "unknown error 99 of the device"),
     ],

@@ -180,7 +180,7 @@ def _start(
             )
             rows = _core.RowTable(groups, config.max_running_requests, program.vocab_size)
             return (
-                PlanExecutor(runner, rows, trace_capacity=config.trace_capacity, masks=True),
+                PlanExecutor(runner, rows, trace_capacity=config.trace_capacity),
                 runner,
                 groups,
                 num_pages,

@@ -85,7 +85,9 @@ class CudaDevice:
         self._weight_bytes = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in slots}.values())
         # Prompts may share a step with a decode of every row; padding goes up to the next bucket.
         self._max_tokens = max(max_step_tokens, max_rows)
-        self._packer = _core.PlanPacker(self.groups, max_rows, max_pages=max_pages, max_stop_ids=MAX_STOP_IDS)
+        self._packer = _core.PlanPacker(
+            self.groups, max_rows, max_pages=max_pages, max_stop_ids=MAX_STOP_IDS, vocab_size=program.vocab_size
+        )
         self._rows = cuda_rows.DeviceRows(
             num_groups,
             max_rows=max_rows,
@@ -93,7 +95,10 @@ class CudaDevice:
             max_pages=max_pages,
             max_stop_ids=MAX_STOP_IDS,
             max_tokens=self._max_tokens,
-            blob_bytes=cuda_rows.max_blob_bytes(max_rows, max_pages, self._max_tokens, num_groups, MAX_STOP_IDS),
+            blob_bytes=cuda_rows.max_blob_bytes(max_rows, max_pages, self._max_tokens, num_groups, MAX_STOP_IDS)
+            + cuda_rows.ALIGNMENT
+            + cuda_attention.told_bytes(max_rows),
+            vocab_size=program.vocab_size,
             device=self._device,
             library=self._library,
             stream=self._stream,

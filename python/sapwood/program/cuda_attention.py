@@ -48,6 +48,9 @@ class AttentionBackend(Protocol):
     # Whether `begin` and `attend` of a step of decodes may be captured into a graph and replayed for other lengths.
     in_graphs: bool
 
+    # Most bytes that `write` writes.
+    told_bytes: int
+
     # In chunks of so many tokens a prefix that decoding segments share is read once for all; 0: it is not.
     shared_chunk: int
 
@@ -59,8 +62,12 @@ class AttentionBackend(Protocol):
         """Most memory that a step takes for itself: one of max_tokens at the end of a context of that length."""
         ...
 
-    def load(self, lens: StepLens) -> None:
-        """Bring what a step needs of the host to the device; comes before `begin` and before a graph."""
+    def write(self, lens: StepLens, out: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
+        """Into out, which goes to the device with the packed plan: what it must be told of a step. Returns bytes."""
+        ...
+
+    def load(self, told: torch.Tensor) -> None:
+        """Take what `write` wrote, on the device; comes before `begin` and before a graph."""
         ...
 
     def begin(self, shape: StepShape, lens: StepLens | None) -> None:
@@ -72,6 +79,11 @@ class AttentionBackend(Protocol):
         head_dim], which hold the step's tokens already. Rows of padding may get anything.
         """
         ...
+
+
+def told_bytes(max_rows: int) -> int:
+    """Most that any backend writes of a step."""
+    return 4 * (2 * MAX_PREFIXES + 1 + max_rows)
 
 
 _NONE: Final = np.zeros(0, np.int32)
@@ -166,11 +178,11 @@ class SapwoodAttention:
         self._tickets = self._ints(2, self._kv_heads)
         # Rows of a window have not the same first key, and only the small tiles take rows of several segments.
         self.shared_chunk = self._tilings[0].chunk_len if self._can_share(self._tilings[0], 0) else 0
-        self._prefix_indptr = self._ints(MAX_PREFIXES + 1)
-        self._prefix_segments = self._ints(rows.max_rows)
-        self._prefix_lens = self._ints(MAX_PREFIXES)
+        # Where each prefix's segments begin, how long it is, and the segments.
+        self._prefixes = self._ints(2 * MAX_PREFIXES + 1 + rows.max_rows)
         self._prefix_scratch = self._ints(2, rows.max_rows)
-        self._has_prefixes = False
+        self._has_prefixes = self._writes_prefixes = False
+        self.told_bytes = told_bytes(rows.max_rows)
 
     def _can_share(self, t: Tiling, window: int) -> bool:
         return t.rows_per_tile == SHARED_ROWS and window == 0 and 0 in self._windows
@@ -189,21 +201,25 @@ class SapwoodAttention:
                 most = max(most, 4 * num_items * self._item_floats(t))
         return most * len(self._windows)
 
-    def load(self, lens: StepLens) -> None:
+    def write(self, lens: StepLens, out: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
         indptr, segments, prefix_lens = lens.prefixes or (_NONE, _NONE, _NONE)
         count = min(len(prefix_lens), MAX_PREFIXES)
+        self._writes_prefixes = count > 0
         if count == 0 and not self._has_prefixes:
-            return
+            return 0
+        num_ints = 2 * MAX_PREFIXES + 1 + len(segments)
+        whole = out[: 4 * num_ints].view(np.int32)
         # Those after the last are empty: the list's capacity is what a graph was captured with.
-        whole = np.full(MAX_PREFIXES + 1, indptr[count] if count else 0, np.int32)
+        whole[: MAX_PREFIXES + 1] = indptr[count] if count else 0
         whole[:count] = indptr[:count]
-        for there, here in (
-            (self._prefix_indptr, whole),
-            (self._prefix_segments, segments),
-            (self._prefix_lens, prefix_lens[:count]),
-        ):
-            there[: len(here)].copy_(torch.from_numpy(here), non_blocking=True)
-        self._has_prefixes = count > 0
+        whole[MAX_PREFIXES + 1 : MAX_PREFIXES + 1 + count] = prefix_lens[:count]
+        whole[2 * MAX_PREFIXES + 1 :] = segments
+        return 4 * num_ints
+
+    def load(self, told: torch.Tensor) -> None:
+        if len(told) > 0:
+            self._prefixes[: len(told) // 4].copy_(told.view(torch.int32), non_blocking=True)
+        self._has_prefixes = self._writes_prefixes
 
     def begin(self, shape: StepShape, lens: StepLens | None) -> None:
         self._step.clear()
@@ -228,9 +244,9 @@ class SapwoodAttention:
             # A graph must serve steps with prefixes and without; by itself, a plan without is cheaper.
             if work.shared_tiles is not None and work.shared_rows is not None and (lens is None or self._has_prefixes):
                 params.num_prefixes = MAX_PREFIXES
-                params.prefix_indptr = self._prefix_indptr.data_ptr()
-                params.prefix_segments = self._prefix_segments.data_ptr()
-                params.prefix_lens = self._prefix_lens.data_ptr()
+                params.prefix_indptr = self._prefixes.data_ptr()
+                params.prefix_lens = self._prefixes[MAX_PREFIXES + 1 :].data_ptr()
+                params.prefix_segments = self._prefixes[2 * MAX_PREFIXES + 1 :].data_ptr()
                 params.prefix_scratch = self._prefix_scratch.data_ptr()
                 params.shared_tiles = work.shared_tiles.data_ptr()
                 params.shared_rows = work.shared_rows.data_ptr()
@@ -300,6 +316,7 @@ class FlashInferAttention:
 
     name = "flashinfer"
     in_graphs = False
+    told_bytes = 0
     shared_chunk = 0
     HEAD_DIMS: Final = (64, 128, 256)
     WORKSPACE_BYTES: Final = 256 * 2**20
@@ -339,7 +356,10 @@ class FlashInferAttention:
     def step_bytes(self, max_tokens: int, context_len: int) -> int:
         return 0
 
-    def load(self, lens: StepLens) -> None:
+    def write(self, lens: StepLens, out: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
+        return 0
+
+    def load(self, told: torch.Tensor) -> None:
         pass
 
     def begin(self, shape: StepShape, lens: StepLens | None) -> None:
@@ -383,6 +403,7 @@ class ReferenceAttention:
 
     name = "reference"
     in_graphs = False
+    told_bytes = 0
     shared_chunk = 0
 
     def __init__(self, program: Program, rows: DeviceRows) -> None:
@@ -396,7 +417,10 @@ class ReferenceAttention:
     def step_bytes(self, max_tokens: int, context_len: int) -> int:
         return 0
 
-    def load(self, lens: StepLens) -> None:
+    def write(self, lens: StepLens, out: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
+        return 0
+
+    def load(self, told: torch.Tensor) -> None:
         pass
 
     def begin(self, shape: StepShape, lens: StepLens | None) -> None:

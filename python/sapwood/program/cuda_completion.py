@@ -1,4 +1,5 @@
-"""How the loop hears that a step is done on the device: an eventfd becomes readable, and nobody polls.
+"""How the loop hears that a step is done on the device: an eventfd becomes readable, and nobody polls. So does the
+thread that launches, of a step's logits, where it waits for grammar masks.
 
 Usually a host function queued behind the step writes to it (cuda/completion), which costs the CPU nothing until then. A
 driver may run those late, or, once the device has failed, never; so a thread looks after a step whose host function has
@@ -38,7 +39,7 @@ class Event(Protocol):
 
 
 class Ticket:
-    """One step in flight.
+    """One step in flight, or a step's launches up to somewhere.
 
     done_ns   when it was done (CLOCK_MONOTONIC); 0 until then
     error     why it never will be: the device has failed
@@ -63,7 +64,7 @@ class Ticket:
 
 
 class Completion:
-    """Watches steps. `watch` is called by the thread that launches, after a step's last launch."""
+    """Watches steps. `watch` is called by the thread that launches, after the last launch that it is about."""
 
     def __init__(
         self,
@@ -75,7 +76,9 @@ class Completion:
         grace_s: float = 1.0,
         mode: Literal["host_function", "event"] = "host_function",
     ) -> None:
-        """record_event: a new event at the stream's end. event_fd: the caller's, open until `close` has returned."""
+        """record_event: a new event at the stream's end. event_fd: of tickets without one of their own. All are the
+        caller's, open until `close` has returned.
+        """
         self.mode: Literal["host_function", "event"] = mode
         self._library = library
         self._stream = stream
@@ -90,11 +93,12 @@ class Completion:
         self._thread = threading.Thread(target=self._look_after, name="sapwood-completion", daemon=True)
         self._thread.start()
 
-    def ticket(self) -> Ticket:
-        return Ticket(self._event_fd)
+    def ticket(self, event_fd: int | None = None) -> Ticket:
+        """event_fd: another than that of this Completion."""
+        return Ticket(self._event_fd if event_fd is None else event_fd)
 
     def watch(self, ticket: Ticket) -> None:
-        """From now on the ticket's done_ns and the eventfd will tell."""
+        """From now on the ticket's done_ns and its eventfd will tell."""
         ticket.event = self._record_event()
         ticket.queued_s = time.monotonic()
         with self._arrived:
@@ -183,4 +187,4 @@ class Completion:
 
     def _tell(self, ticket: Ticket, error: str = "") -> None:
         ticket.finish(error)
-        os.eventfd_write(self._event_fd, 1)
+        os.eventfd_write(ticket.params.event_fd, 1)

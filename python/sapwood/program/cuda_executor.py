@@ -2,13 +2,17 @@
 
 engine/ submits plans as it does to _core.Executor and hears of results by an eventfd. Of a step, in stream order:
 
-    one copy of the packed plan (_core.PlanPacker) from pinned memory
+    one copy from pinned memory: the packed plan (_core.PlanPacker), and what attention must be told
     row ops, the step's arrays, attention's work, all nodes to the logits: a graph, or several, or launch by launch
-    sample, commit: the rows have their tokens
+    sample, commit: the rows have their tokens, or wait for their masks
     one copy of the result to pinned memory, and the report (program/cuda_completion.py)
 
 A thread queues the launches, up to MAX_QUEUED steps ahead of the device: rows live there (program/cuda_rows.py), so a
 step needs no token of the one before. Results are read from pinned memory by whoever drains.
+
+A plan with mask_rows is sampled as soon as all its masks have been posted, but no later than when the device has its
+logits: until then the thread waits, and whose mask is still missing is held (cpp/batch/README.md). Its hidden state is
+kept for the step that resumes it.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from sapwood.program.cuda_attention import AttentionBackend, StepLens
 from sapwood.program.cuda_completion import Completion, Ticket
 from sapwood.program.cuda_graphs import Graph, GraphPool, bucket_of, decode_buckets, run_buckets
 from sapwood.program.cuda_model import CudaModel
-from sapwood.program.cuda_rows import FAILED_BYTES, DeviceRows, StepShape
+from sapwood.program.cuda_rows import ALIGNMENT, FAILED_BYTES, DeviceRows, StepShape
 from sapwood.program.ir import Node, Program
 from sapwood.program.plan_executor import Trace
 
@@ -43,7 +47,6 @@ log = logging.getLogger(__name__)
 
 # Steps queued and not done; the loop plans one ahead, so a place is nearly always free.
 MAX_QUEUED: Final = 4
-NO_MASKS: Final = "device 'cuda' draws tokens without grammar masks yet; use --device cpu"
 
 
 class StepLauncher:
@@ -129,21 +132,21 @@ class StepLauncher:
         return self._pool.capture(lambda: self.model.launch(self._runs[run][0], shape, self.attention))
 
     def forward(self, num_tokens: int, num_logit_rows: int, lens: StepLens) -> torch.Tensor:
-        """Row ops to logits [L, vocab] of the plan in the blob."""
+        """Row ops to logits [L, vocab] of the plan in the blob; attention has loaded what it was told."""
         num_segments = len(lens.q_lens)
-        self.attention.load(lens)
-        if num_tokens == num_segments == num_logit_rows:
+        # Of decodes and resumed rows, which have no tokens; without any of the former there is no forward.
+        if num_segments == num_logit_rows and num_tokens > 0 and lens.q_lens.max() == 1:
             rows = bucket_of(num_segments, self._decode_buckets)
             if rows is not None and self.attention.fits_graph(lens):
                 self.num_steps["decode graph"] += 1
                 self._decode_graphs[rows].replay()
                 return self._logits(num_logit_rows)
         self._rows.apply_row_ops()
-        tokens = bucket_of(num_tokens, self._run_buckets)
-        self.num_steps["launches" if tokens is None else "run graphs"] += 1
+        tokens = bucket_of(num_tokens, self._run_buckets) if num_tokens > 0 else None
+        self.num_steps["head" if num_tokens == 0 else "launches" if tokens is None else "run graphs"] += 1
         shape = StepShape(max(1, tokens or num_tokens), max(1, num_segments), num_logit_rows)
         self._begin(shape, lens)
-        for run, (nodes, attention) in enumerate(self._runs):
+        for run, (nodes, attention) in enumerate(self._runs if num_tokens > 0 else ()):
             if tokens is None:
                 self.model.launch(nodes, shape, self.attention)
             else:
@@ -153,7 +156,7 @@ class StepLauncher:
         return self._logits(num_logit_rows)
 
     def _begin(self, shape: StepShape, lens: StepLens | None) -> None:
-        self._rows.prepare(shape)
+        self._rows.prepare(shape, self.model.kept_begin)
         self.model.begin(shape)
         self.attention.begin(shape, lens)
 
@@ -185,6 +188,7 @@ class _Place:
     """A step's pinned memory, free again once its result has been read."""
 
     plan: torch.Tensor
+    masks: torch.Tensor
     result: torch.Tensor
 
 
@@ -213,6 +217,9 @@ class CudaExecutor:
         trace_capacity: int = 0,
     ) -> None:
         """Takes over all of them, event_fd too. packer: a _core.PlanPacker."""
+        # The plan whose masks the thread waits for. Readable when they have all come, or its logits are there.
+        self._awaited: _core.PackedPlan | None = None
+        self._mask_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self.launcher = launcher
         self._rows = rows
         self._packer = packer
@@ -222,7 +229,7 @@ class CudaExecutor:
         self._plans: queue.SimpleQueue[tuple[Any, int] | None] = queue.SimpleQueue()
         self._places: queue.SimpleQueue[_Place] = queue.SimpleQueue()
         for _ in range(MAX_QUEUED):
-            self._places.put(_Place(self._pinned(1 << 16), self._pinned(len(rows.answer))))
+            self._places.put(_Place(self._pinned(1 << 16), self._pinned(0), self._pinned(len(rows.answer))))
         self._lock = threading.RLock()
         self._steps: collections.deque[_Step] = collections.deque()  # launched, not read
         self._events: list[tuple[str, int, Any]] = []
@@ -248,9 +255,7 @@ class CudaExecutor:
             return self._queued
 
     def submit(self, plan: Any) -> None:
-        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, after shutdown, and for a plan with masks."""
-        if plan.mask_rows:
-            raise InvalidRequest(NO_MASKS, "device")
+        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, and after shutdown."""
         with self._lock:
             if self._stopped:
                 raise InvalidRequest("the executor has been shut down")
@@ -260,9 +265,17 @@ class CudaExecutor:
             self._queued += 1
         self._plans.put((plan, time.monotonic_ns()))
 
-    def post_mask(self, row: int, gen: int, position: int, bits: np.ndarray[Any, Any]) -> None:
-        """Raises InvalidRequest."""
-        raise InvalidRequest(NO_MASKS, "device")
+    def post_mask(self, row: int, gen: int, position: int, bits: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
+        """As _core.Executor.post_mask; from any thread. Raises InvalidRequest."""
+        self._packer.post_mask(row, gen, position, bits)
+        self._wake_if_all_came()
+
+    def _wake_if_all_came(self) -> None:
+        awaited = self._awaited
+        if awaited is not None and self._packer.masks_posted(awaited):
+            with self._lock:
+                if not self._stopped:
+                    os.eventfd_write(self._mask_fd, 1)
 
     def drain(self) -> list[tuple[str, int, Any]]:
         """("result", step_id, result) since the last call; clears the eventfd. Never blocks."""
@@ -301,6 +314,7 @@ class CudaExecutor:
             with contextlib.suppress(RuntimeError):  # of a failed device
                 self._stream.synchronize()  # a host function says that a step is done, then writes to the eventfd
         os.close(self._fd)
+        os.close(self._mask_fd)
 
     def take_trace(self) -> list[Trace]:
         with self._lock:
@@ -320,6 +334,7 @@ class CudaExecutor:
                 result = self._result(step)
             except Exception as problem:  # a result nobody can read is a failed step
                 result = _core.RowTable.fail(step.plan, f"{type(problem).__name__}: {problem}")
+            self._packer.drop_masks(step.plan, result)
             result.start_ns = max(step.queued_ns, self._last_done_ns)
             # No mark where the head begins: with steps queued ahead, nothing is gained by planning late.
             result.head_ns = result.done_ns = self._last_done_ns = done_ns
@@ -335,6 +350,7 @@ class CudaExecutor:
                 )
             self._events.append(("result", step.plan.step_id, result))
             self._queued -= 1
+            self._wake_if_all_came()  # but for those of rows that have ended
 
     def _result(self, step: _Step) -> Any:
         if step.ticket.error:
@@ -351,6 +367,9 @@ class CudaExecutor:
     # --- the thread
 
     def _loop(self) -> None:
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                torch.cuda.current_blas_handle()  # a thread has its own, with a workspace: not in the first step
         while (item := self._plans.get()) is not None:
             plan, submit_ns = item
             if self._stopped:  # dropped without a result: who stops an executor does not drain it
@@ -378,21 +397,25 @@ class CudaExecutor:
         queued_ns = time.monotonic_ns()
         launched = False
         try:
-            num_bytes = self._packer.bytes_needed(plan)
-            if FAILED_BYTES + num_bytes > len(place.plan):
-                place.plan = self._pinned(FAILED_BYTES + 2 * num_bytes)
+            attention, chunk = self.launcher.attention, self.launcher.attention.shared_chunk
+            most = FAILED_BYTES + self._packer.bytes_needed(plan) + ALIGNMENT + attention.told_bytes
+            if most > len(place.plan):
+                place.plan = self._pinned(2 * most)
             packed = self._packer.pack(plan, place.plan[FAILED_BYTES:].numpy())
+            prefixes = self._packer.shared_prefixes(plan, chunk) if chunk else None
+            lens = StepLens(packed.q_lens, packed.kv_bounds, prefixes)
+            # Zeros, the blob, and what attention is told.
+            told = -(-(FAILED_BYTES + packed.num_bytes) // ALIGNMENT) * ALIGNMENT
+            end = told + attention.write(lens, place.plan[told:].numpy())
             with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                order_bytes = FAILED_BYTES + packed.num_bytes  # zeros, and the blob
-                self._rows.order[:order_bytes].copy_(place.plan[:order_bytes], non_blocking=True)
+                self._rows.order[:end].copy_(place.plan[:end], non_blocking=True)
+                attention.load(self._rows.order[told:end])
                 self.launcher.model.copy_pages(packed.copies)
-                chunk = self.launcher.attention.shared_chunk
-                prefixes = self._packer.shared_prefixes(plan, chunk) if chunk else None
-                lens = StepLens(packed.q_lens, packed.kv_bounds, prefixes)
                 logits = self.launcher.forward(packed.num_tokens, packed.num_logit_rows, lens)
+                masks = self._bring_masks(packed, place) if packed.num_masked else None
                 if len(logits):
-                    self._rows.sample(logits, bans=packed.any_banned)
-                self._rows.commit()
+                    self._rows.sample(logits, bans=packed.any_banned, masks=masks)
+                self._rows.commit(masks)
                 place.result.copy_(self._rows.answer, non_blocking=True)
             step = _Step(plan, place, self._completion.ticket(), packed.sequence, submit_ns, queued_ns)
             with self._lock:
@@ -409,3 +432,23 @@ class CudaExecutor:
                     with contextlib.suppress(RuntimeError):  # of a failed device
                         self._stream.synchronize()  # the copy of the plan may be under way
                 self._places.put(place)
+
+    def _bring_masks(self, packed: _core.PackedPlan, place: _Place) -> _core.PackedMasks:
+        """Wait for the masks of the step whose logits have been launched; what has come goes to the device."""
+        if not self._packer.masks_posted(packed):
+            logits = self._completion.ticket(self._mask_fd)
+            self._completion.watch(logits)
+            self._awaited = packed  # before masks are looked for: whoever posts the last one sees it
+            while not (logits.done_ns or self._packer.masks_posted(packed)):
+                os.eventfd_read(self._mask_fd)
+            self._awaited = None
+            if logits.error:
+                raise SapwoodError(logits.error)
+        num_bytes = self._packer.mask_bytes(packed)
+        if num_bytes > len(place.masks):
+            place.masks = self._pinned(2 * num_bytes)
+        masks: _core.PackedMasks = self._packer.pack_masks(packed, place.masks.numpy())
+        self._rows.masks[: masks.num_bytes].copy_(place.masks[: masks.num_bytes], non_blocking=True)
+        if masks.num_held:
+            self.launcher.model.keep_hidden(*self._rows.held(masks))
+        return masks

@@ -378,6 +378,8 @@ class PrepareStepParams(Params):
         ("num_padded_tokens", _I32),
         ("num_padded_segments", _I32),
         ("num_padded_logit_rows", _I32),
+        ("kept_begin", _I32),
+        ("reserved", _I32),
         ("state", RowState),
         ("blob", _PTR),
         ("result", _PTR),
@@ -414,6 +416,7 @@ class CommitStepParams(Params):
         ("token", _PTR),
         ("logprob", _PTR),
         ("bad", _PTR),
+        ("mask_index", _PTR),
     )
 
 

@@ -80,7 +80,7 @@ def plan_buffers(program: Program) -> Buffers:
             continue
         output = node.outputs[0]
         of_tokens = output.rows is T
-        plan.of_value[output.id] = take(output.cols * (4 if output.dtype == "float32" else 2), of_tokens)
+        plan.of_value[output.id] = take(_row_bytes(output), of_tokens)
         if scratch := scratch_cols(node):
             plan.of_scratch[node.name] = take(2 * scratch, of_tokens)
             free.append(plan.of_scratch[node.name])
@@ -132,14 +132,23 @@ class CudaModel:
         self._kv: list[torch.Tensor] = []
         self._plan = plan_buffers(program)
         most = {True: _round_up(max_tokens, FIXED_ROWS), False: _round_up(rows.max_rows, FIXED_ROWS)}
-        # Zeros: rows of padding are computed from whatever is there.
-        self._buffers = [
-            torch.zeros(_round_up(num_bytes * most[of_tokens], ALIGNMENT), dtype=torch.uint8, device=rows.device)
+        sizes = [
+            num_bytes * most[of_tokens]
             for num_bytes, of_tokens in zip(self._plan.row_bytes, self._plan.of_tokens, strict=True)
         ]
+        # The value that logit rows are gathered from has rows behind all that its buffer is used for, where the hidden
+        # states of held rows are kept: resumed, they are gathered like the others.
+        (self._gathered,) = {node.inputs[0] for node in program.nodes if node.op == "gather_logit_rows"}
+        buffer = self._plan.of_value[self._gathered.id]
+        self.kept_begin = -(-sizes[buffer] // _row_bytes(self._gathered))
+        sizes[buffer] = (self.kept_begin + rows.max_rows) * _row_bytes(self._gathered)
+        # Zeros: rows of padding are computed from whatever is there.
+        self._buffers = [
+            torch.zeros(_round_up(size, ALIGNMENT), dtype=torch.uint8, device=rows.device) for size in sizes
+        ]
         # Of each token in tables of several rope modes, by the rows of one mode.
-        sizes = {_rope_rows(node, weights) for node in program.nodes if _num_rope_modes(node) > 1}
-        self._positions = {n: torch.zeros(most[True], dtype=torch.int32, device=rows.device) for n in sizes}
+        modes = {_rope_rows(node, weights) for node in program.nodes if _num_rope_modes(node) > 1}
+        self._positions = {n: torch.zeros(most[True], dtype=torch.int32, device=rows.device) for n in modes}
 
     @property
     def buffer_bytes(self) -> int:
@@ -171,8 +180,12 @@ class CudaModel:
 
     def value(self, value: Value, shape: StepShape) -> torch.Tensor:
         """A value in its buffer, until a later node takes that."""
-        dtype = torch.float32 if value.dtype == "float32" else torch.bfloat16
-        return self._view(self._plan.of_value[value.id], shape, value, value.cols, dtype)
+        return self._view(self._plan.of_value[value.id], shape, value, value.cols, _dtype(value))
+
+    def keep_hidden(self, queries: torch.Tensor, rows: torch.Tensor) -> None:
+        """Of these rows, the hidden states of these tokens of the step, until a later call names the row."""
+        hidden = self._with_kept()
+        hidden[self.kept_begin :].index_copy_(0, rows, hidden.index_select(0, queries))
 
     # --- launching
 
@@ -214,7 +227,7 @@ class CudaModel:
                 self._linear(x[0], _there(w[0]), product, None)
                 self._silu_mul(product, y)
             case "gather_logit_rows":
-                torch.index_select(x[0], 0, arrays.logit_src[: len(y)], out=y)
+                torch.index_select(self._with_kept(), 0, arrays.logit_src[: len(y)], out=y)
             case "lm_head":
                 self._linear(x[0], _there(w[0]), y, None)
                 if p["scale"] != 1:
@@ -228,6 +241,10 @@ class CudaModel:
         count = shape.num_tokens if like.rows is T else shape.num_logit_rows
         num_bytes = count * cols * dtype.itemsize
         return self._buffers[buffer][:num_bytes].view(dtype).view(count, cols)
+
+    def _with_kept(self) -> torch.Tensor:
+        """What logit rows are gathered from: tokens, and from kept_begin on what is kept of held rows."""
+        return self.value(self._gathered, StepShape(self.kept_begin + self.rows.max_rows, 0, 0))
 
     def _scratch(self, node: Node, shape: StepShape) -> torch.Tensor:
         return self._view(self._plan.of_scratch[node.name], shape, node.outputs[0], scratch_cols(node), torch.bfloat16)
@@ -327,6 +344,14 @@ class CudaModel:
 def _there(weight: torch.Tensor | None) -> torch.Tensor:
     assert weight is not None  # the recorder has checked it
     return weight
+
+
+def _dtype(value: Value) -> torch.dtype:
+    return torch.float32 if value.dtype == "float32" else torch.bfloat16
+
+
+def _row_bytes(value: Value) -> int:
+    return value.cols * _dtype(value).itemsize
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -2,7 +2,8 @@
 
 program/cuda_executor.py brings a packed plan to `blob`, as part of `order`, and calls, in stream order: apply_row_ops,
 prepare, then the forward (program/cuda_model.py), sample, commit; `result`, part of `answer`, is what became of it.
-The tokens of a step are drawn and fed back here, so the host may queue the next step without having seen them.
+The tokens of a step are drawn and fed back here, so the host may queue the next step without having seen them. The
+masks of a step that draws under some are brought to `masks` before sample.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from sapwood import _core
 from sapwood.program.cuda_library import (
     ROW_BYTES,
     CommitStepParams,
@@ -29,6 +31,7 @@ MAX_GROUPS: Final = 8
 RESULT_HEADER_BYTES: Final = 64
 RESULT_ITEM_BYTES: Final = 16
 FAILED_BYTES: Final = 16
+ALIGNMENT: Final = 16  # of the parts of an order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +76,14 @@ class DeviceRows:
         max_stop_ids: int,
         max_tokens: int,
         blob_bytes: int,
+        vocab_size: int,
         device: str,
         library: CudaLibrary,
         stream: torch.cuda.Stream | None,
     ) -> None:
         """max_pages: of one row. max_tokens: most of a step, padding included; a step has at most max_rows segments and
-        logit rows. blob_bytes: most of a packed plan. stream: None on the emulated device.
+        logit rows. blob_bytes: most of a packed plan and of what goes to the device behind it. stream: None on the
+        emulated device.
         """
         self.device = torch.device(device)
         self.max_rows = max_rows
@@ -97,6 +102,9 @@ class DeviceRows:
         self.answer, self.order = messages[: result_bytes + FAILED_BYTES], messages[result_bytes:]
         self.result, self.blob = self.answer[:-FAILED_BYTES], self.order[FAILED_BYTES:]
         self.failed = self.answer[-FAILED_BYTES:].view(torch.int32)
+        # A _core.PackedMasks block: two int64 and an int32 of each row at most, and a mask.
+        self._mask_words = -(-vocab_size // 32)
+        self.masks = zeros(max_rows * (20 + 4 * self._mask_words), dtype=torch.uint8)
         self.drawn = zeros(3, max_rows)  # tokens, log-probabilities (float32 bits), bad
         i64, f32 = torch.int64, torch.float32
         sampling = {
@@ -146,13 +154,14 @@ class DeviceRows:
         """Of the plan in `blob`; begins `result`. Always the first of a step."""
         self._call("row_ops", RowOpsParams(state=self._state, blob=self.blob.data_ptr(), result=self.result.data_ptr()))
 
-    def prepare(self, shape: StepShape) -> None:
-        """The step's arrays, padded to the shape."""
+    def prepare(self, shape: StepShape, kept_begin: int) -> None:
+        """The step's arrays, padded to the shape. kept_begin: logit_src of what is kept of row 0 while it is held."""
         a = self.arrays
         params = PrepareStepParams(
             num_padded_tokens=shape.num_tokens,
             num_padded_segments=shape.num_segments,
             num_padded_logit_rows=shape.num_logit_rows,
+            kept_begin=kept_begin,
             state=self._state,
             blob=self.blob.data_ptr(),
             result=self.result.data_ptr(),
@@ -167,20 +176,30 @@ class DeviceRows:
         )  # fmt: skip
         self._call("prepare_step", params)
 
-    def sample(self, logits: torch.Tensor, *, bans: bool) -> None:
-        """Draw a token of each row of logits [L, vocab] float32 into `drawn`. bans: whether any row may have some."""
+    def held(self, masks: _core.PackedMasks) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows that the block in `masks` holds: query tokens whose hidden states are to be kept, and rows."""
+        queries, rows = self.masks[: 16 * masks.num_held].view(torch.int64).view(2, masks.num_held)
+        return queries, rows
+
+    def sample(self, logits: torch.Tensor, *, bans: bool, masks: _core.PackedMasks | None = None) -> None:
+        """Draw a token of each row of logits [L, vocab] float32 into `drawn`. bans: whether any row may have some.
+        masks: of the block in `masks`; None: nobody needs one.
+        """
         num_rows, vocab = logits.shape
         arrays = {n: a.data_ptr() for n, a in self.arrays.sampling.items() if bans or not n.startswith("banned")}
-        self._call(
-            "sample",
-            SampleParams(
-                **arrays, num_rows=num_rows, vocab=vocab, logits=logits.data_ptr(), logits_stride=logits.stride(0),
-                token=self.drawn[0].data_ptr(), logprob=self.drawn[1].data_ptr(), bad=self.drawn[2].data_ptr(),
-            ),
+        params = SampleParams(
+            **arrays, num_rows=num_rows, vocab=vocab, logits=logits.data_ptr(), logits_stride=logits.stride(0),
+            token=self.drawn[0].data_ptr(), logprob=self.drawn[1].data_ptr(), bad=self.drawn[2].data_ptr(),
         )  # fmt: skip
+        if masks is not None:
+            params.mask = self.masks.data_ptr() + masks.masks
+            params.mask_index = self.masks.data_ptr() + masks.mask_index
+            params.mask_stride = self._mask_words
+            params.num_mask_rows = max(1, masks.num_masks)  # where all are late, nobody asks for this one
+        self._call("sample", params)
 
-    def commit(self) -> None:
-        """Each row takes its token; `result` is complete."""
+    def commit(self, masks: _core.PackedMasks | None = None) -> None:
+        """Each row takes its token, or is held; `result` is complete."""
         self._call(
             "commit_step",
             CommitStepParams(
@@ -191,6 +210,7 @@ class DeviceRows:
                 token=self.drawn[0].data_ptr(),
                 logprob=self.drawn[1].data_ptr(),
                 bad=self.drawn[2].data_ptr(),
+                mask_index=None if masks is None else self.masks.data_ptr() + masks.mask_index,
             ),
         )
 

@@ -114,13 +114,9 @@ class PlanExecutor:
     Rows, sampling and results are the core's (_core.RowTable). Thread safety: as _core.Executor, one caller.
     """
 
-    def __init__(self, model: Model, rows: Any, *, trace_capacity: int = 0, masks: bool = False) -> None:
-        """rows: a _core.RowTable of the same groups, owned by this executor from now on.
-
-        masks   the model draws under masks, and keeps the hidden states of rows whose mask is late
-        """
+    def __init__(self, model: Model, rows: Any, *, trace_capacity: int = 0) -> None:
+        """rows: a _core.RowTable of the same groups, owned by this executor from now on."""
         self._model = model
-        self._masks = masks
         self._rows = rows
         self._plans: queue.SimpleQueue[tuple[Any, int] | None] = queue.SimpleQueue()
         self._events: list[tuple[str, int, Any]] = []
@@ -141,20 +137,11 @@ class PlanExecutor:
             return self._queued
 
     def post_mask(self, row: int, gen: int, position: int, bits: np.ndarray[Any, Any]) -> None:
-        """As _core.Executor.post_mask. Raises InvalidRequest where the model draws without masks."""
-        self._require_masks()
+        """As _core.Executor.post_mask. Raises InvalidRequest."""
         self._rows.post_mask(row, gen, position, bits)
 
-    def _require_masks(self) -> None:
-        if not self._masks:
-            raise InvalidRequest("this device draws tokens without grammar masks; use --device cpu", "device")
-
     def submit(self, plan: Any) -> None:
-        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, after shutdown, and where the plan needs masks
-        that the model does not know.
-        """
-        if plan.mask_rows:
-            self._require_masks()
+        """Queue a StepPlan. Raises InvalidRequest unless step_id grows, and after shutdown."""
         with self._lock:
             if self._stopped:
                 raise InvalidRequest("the executor has been shut down")
