@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
 
+from gpu_checks.activation import silu_mul_params
 from gpu_checks.device import Device
+from gpu_checks.elementwise import rms_norm_params
 from gpu_checks.guard import before_guard
 from sapwood.program.cuda_library import BF16, F32, SmallGemmParams
 
@@ -81,7 +84,7 @@ def check_small_gemm(d: Device) -> int:
             ))  # fmt: skip
             assert torch.equal(alone[0], exact[row, some]), "an output's bits depend on num_rows, n or the strides"
         cases += 1
-    return cases + check_exact_sums(d) + check_nan_stays(d) + check_bounds(d) + check_in_place(d)
+    return cases + check_exact_sums(d) + check_nan_stays(d) + check_bounds(d) + check_in_place(d) + check_overlap(d)
 
 
 def check_exact_sums(d: Device) -> int:
@@ -134,3 +137,46 @@ def check_in_place(d: Device) -> int:
     d.call("small_gemm", small_gemm_params(x, w, stream, residual=stream))
     assert torch.equal(apart, stream), "small_gemm differs in place"
     return 1
+
+
+def check_overlap(d: Device) -> int:
+    """Layers launched one after the other, each kernel in need of what the one before wrote and where that one reads
+    (cuda/common/launch.cuh: launches overlap), among them torch's: the same bits as with a wait behind each; again as
+    a graph.
+    """
+    layers, rows, hidden = (24, 4, 1024) if d.name == "cuda" else (2, 4, 128)
+    weights = [
+        (1 + d.randn(hidden) / 8, (d.randn(4 * hidden, hidden) / hidden**0.5).bfloat16(),
+         (d.randn(hidden, 2 * hidden) / (2 * hidden) ** 0.5).bfloat16())
+        for _ in range(layers)
+    ]  # fmt: skip
+    start = d.randn(rows, hidden)
+    x, y = torch.empty_like(start), torch.empty_like(start)
+    normed, gated = d.poison(rows, hidden), d.poison(rows, 2 * hidden)
+    gate_up = d.poison(rows, 4 * hidden)
+
+    def run(after_each: Callable[[], None]) -> None:
+        x.copy_(start)
+        y.zero_()
+        for norm, up, down in weights:
+            for op, params in (
+                ("rms_norm", rms_norm_params(x, norm, normed, plus_one=False)),
+                ("small_gemm", small_gemm_params(normed, up, gate_up)),
+                ("silu_mul", silu_mul_params(gate_up, gated)),
+                ("small_gemm", small_gemm_params(gated, down, y, residual=x)),
+            ):
+                d.call(op, params)
+                after_each()
+            torch.mul(y, 0.9, out=x)
+            after_each()
+
+    run(torch.cuda.synchronize if d.name == "cuda" else lambda: None)
+    expected = x.clone()
+    assert expected.isfinite().all()
+    replay = d.captured(lambda: run(lambda: None))
+    for again in (lambda: run(lambda: None), replay):
+        for _ in range(20 if d.name == "cuda" else 1):
+            x.fill_(float("nan"))
+            again()
+            assert torch.equal(x, expected), "launched one after the other: other bits than with a wait behind each"
+    return 2
