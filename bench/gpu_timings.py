@@ -248,7 +248,13 @@ def silu_mul(name: str, rows: int, width: int, target_us: float | None) -> Case:
             d.call("silu_mul", silu_mul_params(x[i], y[i]))
             return y[i]
 
-        return Work(launch, {"torch": lambda i: functional.silu(x[i][:, :width]) * x[i][:, width:]})
+        def by_flashinfer() -> Launch:
+            silu_and_mul = importlib.import_module("flashinfer").silu_and_mul
+            return lambda i: silu_and_mul(x[i])
+
+        return Work(launch, {
+            "torch": lambda i: functional.silu(x[i][:, :width]) * x[i][:, width:], **with_flashinfer(by_flashinfer),
+        })  # fmt: skip
 
     return Case(name, ("silu_mul",), 6 * rows * width, 0, make, target_us, 6 * rows * width)
 
@@ -436,10 +442,7 @@ def attention(name: str, batch: int, q_len: int, kv_len: int, target_us: float |
 
         if bare:
             return Work(launch)
-        baselines = {"sdpa": optional(paged.sdpa)}
-        if has_flashinfer():
-            baselines["flashinfer"] = optional(paged.flashinfer)
-        return Work(launch, baselines)
+        return Work(launch, {"sdpa": optional(paged.sdpa), **with_flashinfer(paged.flashinfer)})
 
     return Case(
         name, ("attention_plan", "attention", "attention_merge"), kv_bytes + 2 * q_bytes,
@@ -472,8 +475,9 @@ def cascade(name: str, batch: int, shared: int, own: int, target_us: float | Non
     )  # fmt: skip
 
 
-def has_flashinfer() -> bool:
-    return importlib.util.find_spec("flashinfer") is not None
+def with_flashinfer(make: Callable[[], Launch]) -> dict[str, Launch]:
+    """A baseline, where FlashInfer is installed."""
+    return {"flashinfer": optional(make)} if importlib.util.find_spec("flashinfer") is not None else {}
 
 
 def attention_plan(name: str, batch: int, kv_len: int) -> Case:
@@ -757,7 +761,17 @@ def sample(name: str, rows: int, vocab: int, temperature: float, top_p: float, s
             p = p.masked_fill(p.cumsum(1) - p >= top_p, 0.0)
             order.gather(1, (p / torch.empty_like(p).exponential_()).argmax(1, keepdim=True))
 
-        return Work(launch, {"torch": sort} if temperature > 0 else {"argmax": lambda i: logits[i].argmax(1)})
+        def by_flashinfer() -> Launch:
+            draw = importlib.import_module("flashinfer").sampling.top_p_sampling_from_probs
+
+            def launch(i: int) -> None:  # rejection sampling; tokens of its own
+                draw((logits[i] / temperature).softmax(1), top_p)
+
+            return launch
+
+        if temperature > 0:
+            return Work(launch, {"torch": sort, **with_flashinfer(by_flashinfer)})
+        return Work(launch, {"argmax": lambda i: logits[i].argmax(1)})
 
     return Case(name, ("sample",), 4 * rows * vocab, 0, make, target_us, 4 * rows * vocab)
 

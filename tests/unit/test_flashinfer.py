@@ -23,6 +23,9 @@ def test_names_and_parameters() -> None:
     for wrapper, more in ((prefill, {}), (decode, {"use_tensor_cores": True})):  # decode: bench/gpu_timings.py
         inspect.signature(wrapper.__init__).bind(None, "workspace", "HND", **more)
         inspect.signature(wrapper.run).bind(None, "q", "kv", out="out")
+    # bench/gpu_timings.py
+    inspect.signature(flashinfer.silu_and_mul).bind("x")
+    inspect.signature(flashinfer.sampling.top_p_sampling_from_probs).bind("probabilities", 0.9)
     parameters = list(inspect.signature(prefill.plan).parameters)
     assert parameters[1:9] == [
         "qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "num_qo_heads", "num_kv_heads",
