@@ -80,7 +80,8 @@ struct Block {
   __device__ int WarpKey() const { return kFewRows ? warp * kWarpKeys : 0; }
 
   __device__ void LoadQ() {
-    for (int i = threadIdx.x; i < S::kRows * S::kPieces; i += S::kThreads) {
+    // Addresses that do not depend on the item would be kept over all items, and spilled on sm_120.
+    for (int i = NotBefore(threadIdx.x); i < S::kRows * S::kPieces; i += S::kThreads) {
       const int row = i / S::kPieces, piece = i % S::kPieces;
       const bool valid = row < item.num_rows && piece * kPiece < p.head_dim;
       const int packed = valid ? item.first_row + row : 0;

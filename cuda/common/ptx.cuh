@@ -28,6 +28,12 @@ __device__ __forceinline__ void CpAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// x, of which nothing is computed earlier than here: before a loop, say, that has no registers for it.
+__device__ __forceinline__ int NotBefore(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The 32 bytes around an address on their way into L2.
 __device__ __forceinline__ void PrefetchL2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));

@@ -329,6 +329,7 @@ inline void CpAsync16(void* shared, const void* global, bool valid) {
   ::emulator::CpAsync(shared, global, 16, valid ? 16 : 0);
 }
 inline void PrefetchL2(const void*) {}
+inline int NotBefore(int x) { return x; }
 inline void CpAsyncCommit() { ::emulator::CpAsyncCommit(); }
 template <int kLeft>
 void CpAsyncWait() {
