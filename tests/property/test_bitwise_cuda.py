@@ -32,8 +32,8 @@ class Taps:
         rows = executor._rows
         sample = rows.sample
 
-        def tapped(logits: Any, *, bans: bool) -> None:
-            sample(logits, bans=bans)
+        def tapped(logits: Any, **how: Any) -> None:
+            sample(logits, **how)
             which, positions = rows.arrays.logit_rows.tolist(), rows.arrays.sampling["position"].tolist()
             for i, values in enumerate(logits.cpu().numpy()):
                 if which[i] != rows.max_rows:
