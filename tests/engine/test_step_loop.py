@@ -136,12 +136,12 @@ def test_where_the_head_is_long_planning_waits_for_it(runner: Any, monkeypatch: 
 def test_a_missed_head_makes_the_next_steps_plan_early() -> None:
     async def main() -> None:
         config = settings(trace_capacity=1000)
-        model = loaded(config, runner=_core.noop_runner(1, 1_000, 5_000))
+        model = loaded(config, runner=_core.noop_runner(1, 15_000, 15_000))  # long, for machines that are busy
         async with AsyncEngine.from_loaded(model, config) as engine:
-            task = asyncio.ensure_future(engine.generate([[i] for i in range(4)], {"max_new_tokens": 60}))
-            while engine.stats().num_steps < 20:
+            task = asyncio.ensure_future(engine.generate([[i] for i in range(4)], {"max_new_tokens": 40}))
+            while engine.stats().num_steps < 10:
                 await asyncio.sleep(0)
-            blocked_until = time.monotonic() + 0.05  # the loop is kept busy for several steps' time
+            blocked_until = time.monotonic() + 0.15  # the loop is kept busy for several steps' time
             while time.monotonic() < blocked_until:
                 pass
             after = engine.trace()[-1].step_id
